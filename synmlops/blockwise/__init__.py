@@ -1,0 +1,1 @@
+"""A volume in blocks: read and write regions; knows nothing of networks."""

@@ -1,0 +1,368 @@
+"""params.yaml as typed, frozen models, and the error a user can mend.
+
+Every field of every section must stand in params.yaml: DVC compares files, so a default that stood in
+code alone could change without any stage noticing. `load_params` names a missing key with its default.
+"""
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+CHANNELS = ("pre", "post", "union")
+"""What the network predicts, in this order, wherever a channel axis appears."""
+
+Size = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Zyx = tuple[Count, Count, Count]
+Nm = tuple[Positive, Positive, Positive]
+LabelKind = Literal["pairs", "semantic", "union"]
+Precision = Literal["auto", "bf16", "float32"]
+
+
+class SynmlopsError(Exception):
+    """What a user can mend: one message with the value, what is allowed and what to do next."""
+
+
+class Section(BaseModel):
+    """A part of params.yaml: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class PhantomParams(Section):
+    """A phantom of EM tissue (see `synmlops.volumes.phantom`), made by prepare where this is set."""
+
+    size_zyx: Zyx = (32, 384, 384)  # voxels of each volume
+    voxel_nm: Nm = (40.0, 8.0, 8.0)
+    train_seeds: tuple[int, ...] = (1, 2)
+    validation_seeds: tuple[int, ...] = (11,)
+    test_seeds: tuple[int, ...] = (21,)
+    synapses_per_um3: Positive = 2.0
+    noise: NonNegative = 1.0  # 1 is the default phantom, 2 doubles its noise
+    jitter: NonNegative = 1.0  # the same for section-to-section jitter and contrast drift
+
+
+class VolumeSet(BaseModel):
+    """Volumes of one role. Each field is a list, or one string with `@` between the paths.
+
+    A path may name its dataset: `a.h5::volumes/raw`. `label_kind` is one word for all, or one each.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image: str | tuple[str, ...]
+    label: str | tuple[str, ...] | None = None
+    label_kind: LabelKind | tuple[LabelKind, ...] | None = None
+    neurons: str | tuple[str, ...] | None = None  # segmentation: neuron id of each voxel
+    mask: str | tuple[str, ...] | None = None  # non-zero where the label can be trusted
+    partners: str | tuple[str, ...] | None = None  # true partner tables (Parquet)
+
+
+class SplitParams(Section):
+    """Cross-validation by region: the training volumes are cut into bands along one axis."""
+
+    axis: Literal["z", "y", "x"] = "y"
+    bands: Annotated[int, Field(ge=2)] = 4  # one fold per band, in which that band is the test region
+    guard: Size = 64  # voxels left out of training on either side of a test band
+
+
+class DataParams(Section):
+    """Where the volumes come from: a phantom, or files for each role, or files and a split by region."""
+
+    voxel_nm: Nm | None = None  # z y x; overrides what the files say
+    pool_zyx: Zyx = (1, 1, 1)  # mean pooling of the image (and any-of pooling of labels) in prepare
+    phantom: PhantomParams | None = None
+    train: VolumeSet | None = None
+    validation: VolumeSet | None = None
+    test: VolumeSet | None = None
+    split: SplitParams | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.phantom is None) == (self.train is None):
+            raise ValueError("data: set either phantom or train (volume files), and the other to null")
+        if self.phantom is not None and (self.validation or self.test or self.split):
+            raise ValueError(
+                "data: a phantom brings its own validation and test; set those and split to null"
+            )
+        if self.split is not None and (self.validation is not None or self.test is not None):
+            raise ValueError("data: split takes its test regions from train; set validation and test to null")
+        if self.train is not None and self.split is None and (self.validation is None or self.test is None):
+            raise ValueError("data: give validation and test volumes, or a split that takes bands of train")
+        return self
+
+
+class NetworkParams(Section):
+    """An anisotropic residual 3-D U-Net, from full resolution (level 0) down."""
+
+    name: str = "residual_unet"
+    stem_zyx: Zyx = (1, 2, 2)  # voxels folded into channels at the input and unfolded at the output
+    widths: tuple[Count, ...] = (24, 32, 48, 64)  # channels, one per level
+    kernels: tuple[Zyx, ...] = ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))  # one per level
+    pools: tuple[Zyx, ...] = ((1, 2, 2), (1, 2, 2), (2, 2, 2))  # between levels: one fewer
+    blocks: Count = 1  # residual blocks of two convolutions per level and side
+    norm: Literal["group", "batch", "instance"] = "group"
+    activation: Literal["relu", "silu", "elu"] = "silu"
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> Self:
+        n = len(self.widths)
+        if len(self.kernels) != n or len(self.pools) != n - 1:
+            raise ValueError(
+                f"network: {n} widths want {n} kernels and {n - 1} pools, "
+                f"got {len(self.kernels)} and {len(self.pools)}"
+            )
+        even = [k for k in self.kernels if any(size % 2 == 0 for size in k)]
+        if even:
+            raise ValueError(f"network.kernels: sizes must be odd, got {list(even[0])}")
+        return self
+
+    def total_pool_zyx(self) -> tuple[int, int, int]:
+        """Voxels that one voxel of the lowest level covers; patches are multiples of it."""
+        steps = (self.stem_zyx, *self.pools)
+        z, y, x = (math.prod(step[axis] for step in steps) for axis in range(3))
+        return z, y, x
+
+    def receptive_field_zyx(self) -> tuple[int, int, int]:
+        """Width in voxels of the input that can move one output voxel, along z, y and x.
+
+        Counts the convolutions of encoder and decoder; an upper bound, held by a test on gradients.
+        """
+        z, y, x = (self._receptive_field(axis) for axis in range(3))
+        return z, y, x
+
+    def _receptive_field(self, axis: int) -> int:
+        step = self.stem_zyx[axis]
+        reach = 0  # voxels to one side, beyond the coarsest voxel that covers the output voxel
+        for level, kernel in enumerate(self.kernels):
+            convolutions = 2 * self.blocks * (1 if level == len(self.kernels) - 1 else 2)
+            reach += convolutions * (kernel[axis] // 2) * step
+            if level < len(self.pools):
+                step *= self.pools[level][axis]
+                if self.pools[level][axis] > 1:
+                    reach += step  # linear upsampling looks one coarse voxel to either side
+        return 2 * reach + step
+
+
+class SamplingParams(Section):
+    """Which patches training sees."""
+
+    patch_zyx: Zyx = (8, 128, 128)  # voxels
+    batch_size: Count = 4  # patches of one step, over all processes
+    reject_below: Size = 300  # foreground voxels; a poorer patch is rejected ...
+    reject_probability: Fraction = 0.95  # ... this often
+
+
+class AugmentParams(Section):
+    """Chances and strengths of what happens to a batch; 0 turns a line off."""
+
+    flip: Fraction = 0.5  # each of z, y, x
+    transpose: Fraction = 0.5  # y and x
+    intensity: Fraction = 0.7  # contrast, brightness and gamma
+    noise: Fraction = 0.3  # Gaussian
+    blur: Fraction = 0.2  # defocused sections
+    missing_section: Fraction = 0.1
+    misalign: Fraction = 0.2  # a section onward is shifted
+
+
+class LossParams(Section):
+    """The sum of these terms, by weight; each is masked by what the label knows."""
+
+    bce: NonNegative = 1.0  # binary cross-entropy with foreground weighting
+    dice: NonNegative = 0.5
+    foreground_weight_clip: tuple[Fraction, Fraction] = (0.05, 0.95)  # of the foreground share
+
+
+class TrainParams(Section):
+    """The optimisation."""
+
+    steps: Count = 600
+    learning_rate: Positive = 0.002
+    weight_decay: NonNegative = 0.01
+    warmup_steps: Size = 30
+    gradient_clip: Positive = 1.0
+    ema: Fraction = 0.99  # decay of the averaged weights, which are validated and exported
+    validate_every: Count = 200  # steps
+    checkpoint_every: Count = 100  # steps
+    precision: Precision = "auto"  # bf16 where the device is fast in it
+
+
+class InferParams(Section):
+    """The sliding window."""
+
+    window_zyx: Zyx = (16, 256, 256)
+    overlap: Annotated[float, Field(ge=0, le=0.75)] = 0.25  # of the window, along each axis
+    batch_size: Count = 1  # windows
+
+
+class EvaluateParams(Section):
+    """Decoding and scores."""
+
+    threshold: Literal["auto"] | Fraction = "auto"  # auto: best on validation, by voxel F1
+    min_voxels: Size = 60  # a smaller instance is dropped
+    side_threshold: Fraction = 0.5  # share of the union threshold that a side must reach
+    min_side_voxels: Size = 20  # a smaller post piece is no partner
+    iou: Fraction = 0.5  # two instances match from here
+    centroid_nm: Positive = 200.0  # ... or, in the second count, within this distance
+    radius_nm: Positive = 400.0  # a partner matches if both ends are within this distance
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    seed: int = 0
+    data: DataParams
+    network: NetworkParams = NetworkParams()
+    sampling: SamplingParams = SamplingParams()
+    augment: AugmentParams = AugmentParams()
+    loss: LossParams = LossParams()
+    train: TrainParams = TrainParams()
+    infer: InferParams = InferParams()
+    evaluate: EvaluateParams = EvaluateParams()
+
+    @model_validator(mode="after")
+    def _windows_fit_network(self) -> Self:
+        pool = self.network.total_pool_zyx()
+        for key, size in (
+            ("sampling.patch_zyx", self.sampling.patch_zyx),
+            ("infer.window_zyx", self.infer.window_zyx),
+        ):
+            for axis, n, p in zip("zyx", size, pool, strict=True):
+                if n % p:
+                    raise ValueError(
+                        f"{key}: {axis}={n} is not a multiple of {p}, "
+                        f"the total pooling along {axis}; next: {n + p - n % p}"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _guard_spans_receptive_field(self) -> Self:
+        split = self.data.split
+        if split is None:
+            return self
+        field = self.network.receptive_field_zyx()["zyx".index(split.axis)]
+        if split.guard < field:
+            raise ValueError(
+                f"data.split.guard: {split.guard} voxels along {split.axis} is narrower than the network's "
+                f"receptive field, so training would see test tissue; use {field} or more"
+            )
+        return self
+
+
+def load_params(path: Path, *, overrides: dict[str, Any] | None = None) -> Params:
+    """Read params.yaml.
+
+    Parameters
+    ----------
+    path : Path
+        A YAML file in which every field stands.
+    overrides : dict, optional
+        Dotted key to value, set before validation: `{"data.voxel_nm": [40, 8, 8]}`.
+
+    Raises
+    ------
+    SynmlopsError
+        If the file is missing or no YAML, a key is unknown (with the nearest known one), missing (with its
+        default) or has a value that does not fit.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise SynmlopsError(
+            f"{path}: {error.strerror}; run in the project folder or give --params"
+        ) from error
+    except yaml.YAMLError as error:
+        raise SynmlopsError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise SynmlopsError(f"{path}: holds no keys; start from the params.yaml of the project")
+    for dotted, value in (overrides or {}).items():
+        _set_dotted(tree, dotted, value)
+    try:
+        params = Params.model_validate(tree)
+    except ValidationError as error:
+        raise SynmlopsError(f"{path}: " + _explain(error)) from error
+    missing = next(_missing_fields(params), None)
+    if missing is not None:
+        key, default = missing
+        raise SynmlopsError(f"{path}: {key} is missing; add it (default: {default})")
+    return params
+
+
+def flatten(tree: BaseModel | dict[str, Any]) -> dict[str, str | int | float | bool | None]:
+    """Give nested params as dotted keys; a tuple becomes its JSON-like text.
+
+    Examples
+    --------
+    >>> flatten(SplitParams())
+    {'axis': 'y', 'bands': 4, 'guard': 64}
+    """
+    nested = tree.model_dump(mode="json") if isinstance(tree, BaseModel) else tree
+    flat: dict[str, str | int | float | bool | None] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{below}": leaf for below, leaf in flatten(value).items()}
+        else:
+            flat[key] = str(value) if isinstance(value, list) else value
+    return flat
+
+
+def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    for parent in parents:
+        below = tree.get(parent)
+        if not isinstance(below, dict):
+            below = tree[parent] = {}
+        tree = below
+    tree[leaf] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if not _is_union_branch(part))
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _known_keys(Params), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{key}: unknown key{hint}"
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    return (
+        message if not key or first["type"] == "value_error" else f"{key}: {message}, got {first['input']!r}"
+    )
+
+
+def _is_union_branch(part: int | str) -> bool:
+    """Tell pydantic's names for the branches of a union from keys a user wrote."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "float", "constrained-float"))
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for below in _models_of(field.annotation):
+            keys += _known_keys(below, f"{prefix}{name}.")
+    return keys
+
+
+def _models_of(annotation: Any) -> Sequence[type[BaseModel]]:
+    parts = (annotation, *getattr(annotation, "__args__", ()))
+    return [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
+
+
+def _missing_fields(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if name not in section.model_fields_set:
+            default = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+            yield f"{prefix}{name}", default
+        elif isinstance(value, Section):
+            yield from _missing_fields(value, f"{prefix}{name}.")

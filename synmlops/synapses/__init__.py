@@ -1,0 +1,1 @@
+"""Probabilities to synapses: instances, partners, scores."""

@@ -1,0 +1,1 @@
+"""MLflow runs, lineage, report and figures."""

@@ -1,0 +1,1 @@
+"""Voxels on disk: stores, labels, phantom, importers."""

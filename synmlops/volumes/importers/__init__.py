@@ -1,0 +1,1 @@
+"""Public datasets turned into volumes and params."""

@@ -1,0 +1,72 @@
+"""The partner table: one row per pre-post pair, in memory a pandas frame, on disk Parquet."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+COLUMNS: dict[str, str] = {
+    "site": "uint64",  # synaptic site n: pre is instance 2n-1, post is 2n
+    "partner": "uint64",  # row number from 1, unique in the table
+    "pre_z_nm": "float64",  # a point on the pre side, in the world frame
+    "pre_y_nm": "float64",
+    "pre_x_nm": "float64",
+    "post_z_nm": "float64",
+    "post_y_nm": "float64",
+    "post_x_nm": "float64",
+    "pre_z": "int64",  # the same points as voxel indices of the volume
+    "pre_y": "int64",
+    "pre_x": "int64",
+    "post_z": "int64",
+    "post_y": "int64",
+    "post_x": "int64",
+    "pre_voxels": "int64",  # size of the site's pre side
+    "post_voxels": "int64",  # size of this partner's post side
+    "z0": "int64",  # bounding box of pre and this post, half open
+    "y0": "int64",
+    "x0": "int64",
+    "z1": "int64",
+    "y1": "int64",
+    "x1": "int64",
+    "confidence": "float64",  # 0 to 1; 1 in a true table
+    "pre_neuron": "uint64",  # 0 where no segmentation is given or the side lies in its background
+    "post_neuron": "uint64",
+}
+"""Column names and dtypes, in order. World position in nm is offset_nm + voxel index * voxel_nm."""
+
+
+def empty_table() -> pd.DataFrame:
+    """Give a partner table without rows.
+
+    Examples
+    --------
+    >>> len(empty_table()), list(empty_table().columns)[:2]
+    (0, ['site', 'partner'])
+    """
+    return pd.DataFrame({name: np.empty(0, dtype) for name, dtype in COLUMNS.items()})
+
+
+def points_nm(table: pd.DataFrame) -> np.ndarray:
+    """Give pre and post points of each row as a (P, 2, 3) float array; nm, z y x."""
+    names = [f"{side}_{axis}_nm" for side in ("pre", "post") for axis in "zyx"]
+    return table[names].to_numpy(np.float64).reshape(-1, 2, 3)
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a partner table as Parquet, with the dtypes of `COLUMNS`; extra columns are kept."""
+    table.astype(COLUMNS).to_parquet(path, index=False)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a partner table.
+
+    Raises
+    ------
+    ValueError
+        If a column of `COLUMNS` is missing.
+    """
+    table = pd.read_parquet(path)
+    missing = [name for name in COLUMNS if name not in table.columns]
+    if missing:
+        raise ValueError(f"{path}: is no partner table, it lacks the columns {', '.join(missing)}")
+    return table.astype(COLUMNS)
