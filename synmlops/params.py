@@ -141,14 +141,12 @@ class NetworkParams(Section):
 
     def _receptive_field(self, axis: int) -> int:
         step = self.stem_zyx[axis]
-        reach = 0  # voxels to one side, beyond the coarsest voxel that covers the output voxel
+        reach = self.kernels[0][axis] // 2 * step  # the stem's convolution, then those of the blocks
         for level, kernel in enumerate(self.kernels):
-            convolutions = 2 * self.blocks * (1 if level == len(self.kernels) - 1 else 2)
-            reach += convolutions * (kernel[axis] // 2) * step
+            sides = 1 if level == len(self.kernels) - 1 else 2
+            reach += sides * 2 * self.blocks * (kernel[axis] // 2) * step
             if level < len(self.pools):
                 step *= self.pools[level][axis]
-                if self.pools[level][axis] > 1:
-                    reach += step  # linear upsampling looks one coarse voxel to either side
         return 2 * reach + step
 
 

@@ -1,0 +1,112 @@
+"""Models and resume checkpoints on disk: no pickle is executed, and a file appears only when complete."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from synmlops.learning.network import build_network
+from synmlops.params import NetworkParams, SynmlopsError
+from synmlops.volumes.files import atomic_path
+
+
+@dataclass(frozen=True)
+class ModelMeta:
+    """What a model file says beside its weights."""
+
+    network: NetworkParams
+    channels: tuple[str, ...]  # those it was trained on
+    mean: float  # of the training images, in grey levels
+    std: float
+    voxel_nm: tuple[float, float, float]
+    run_key: str = ""
+    fold: str = ""
+    step: int = 0
+    score: float | None = None  # validation score, where there was a validation
+    threshold: float | None = None  # operating point, once it is known
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network in evaluation mode and what it needs to be used."""
+
+    network: nn.Module
+    meta: ModelMeta
+
+
+def save_model(path: Path, weights: dict[str, Tensor], meta: ModelMeta) -> None:
+    """Write weights as safetensors, the meta in the file's header."""
+    tree = asdict(meta) | {"network": meta.network.model_dump(mode="json")}
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"synmlops": json.dumps(tree)})
+
+
+def load_model(path: Path, *, device: str | torch.device = "cpu") -> Model:
+    """Read what `save_model` wrote.
+
+    Raises
+    ------
+    SynmlopsError
+        If the file is missing, cut short, not a synmlops model, or its weights do not fit its network.
+    """
+    meta = read_meta(path)
+    network = build_network(meta.network)
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        network.load_state_dict(weights)
+    except (SafetensorError, RuntimeError) as error:
+        raise SynmlopsError(f"{path}: the weights do not fit the network it names: {error}") from error
+    return Model(network.to(device).eval(), meta)
+
+
+def read_meta(path: Path) -> ModelMeta:
+    """Read the header of a model file alone."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("synmlops")
+    except FileNotFoundError as error:
+        raise SynmlopsError(f"{path}: no such model; run `synmlops train` or `dvc checkout` first") from error
+    except (SafetensorError, OSError) as error:
+        raise SynmlopsError(
+            f"{path}: not a complete safetensors file ({error}); get it again or train"
+        ) from error
+    if header is None:
+        raise SynmlopsError(
+            f"{path}: has no synmlops header, so its network is unknown; use a file of `synmlops train`"
+        )
+    tree = json.loads(header)
+    tree["network"] = NetworkParams.model_validate(tree["network"])
+    return ModelMeta(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
+    )
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a resume checkpoint: nested dicts of tensors and plain values."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(path: Path) -> dict[str, Any] | None:
+    """Read a resume checkpoint; None if there is none.
+
+    Raises
+    ------
+    SynmlopsError
+        If the file is broken.
+    """
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise SynmlopsError(f"{path}: broken checkpoint ({error}); delete it to start over") from error
+    return state

@@ -1,0 +1,118 @@
+"""One process or several: who this process is, what it adds up with the others, and how they are started."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from synmlops.params import SynmlopsError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all that train together."""
+
+    rank: int
+    n_ranks: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and talks to MLflow."""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Add a tensor over all ranks."""
+        if self.n_ranks > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+    def from_first(self, value: object) -> object:
+        """Give every rank what rank 0 holds."""
+        if self.n_ranks == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def is_worker() -> bool:
+    """Whether torchrun (or our own launcher) started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def count_gpus() -> int:
+    """Count the GPUs that torch sees."""
+    return torch.cuda.device_count()
+
+
+def check_gpus(wanted: int | None) -> int:
+    """Settle `--gpus`: all there are by default.
+
+    Raises
+    ------
+    SynmlopsError
+        If more are wanted than there are.
+    """
+    there = count_gpus()
+    if wanted is None:
+        return there
+    if wanted > there:
+        raise SynmlopsError(
+            f"--gpus {wanted}: this machine has {there} CUDA GPU(s) that torch can see; use --gpus {there}"
+            + ("" if there else ", or --processes N for several CPU processes")
+        )
+    return wanted
+
+
+def launch(n_processes: int, argv: Sequence[str]) -> None:
+    """Run `python -m synmlops ARGV` in several processes under torch's elastic launcher.
+
+    A worker that dies restarts the group, which goes on from its last checkpoint.
+
+    Raises
+    ------
+    SynmlopsError
+        If the group failed for good; the workers have printed why.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
+    threads = max(1, (os.cpu_count() or 1) // n_processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    options = ["--standalone", f"--nproc-per-node={n_processes}", "--max-restarts=2", "-m", "synmlops", *argv]
+    try:
+        run(get_args_parser().parse_args(options))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        raise SynmlopsError(
+            f"training stopped: process {rank} ended with exit code {code}; see its message above"
+        ) from None
+
+
+@contextmanager
+def joined_ranks(gpus: int | None = None) -> Iterator[Ranks]:
+    """Join the group that the environment names, or stand alone; leave it at the end."""
+    if not is_worker():
+        device = torch.device("cuda" if check_gpus(gpus) else "cpu")
+        yield Ranks(rank=0, n_ranks=1, device=device)
+        return
+    rank, n_ranks, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    on_gpu = count_gpus() > 0 and gpus != 0
+    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield Ranks(rank, n_ranks, device)
+    finally:
+        if sys.exc_info()[0] is None:
+            dist.barrier()
+        dist.destroy_process_group()

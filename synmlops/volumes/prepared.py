@@ -1,0 +1,196 @@
+"""What prepare writes and every later stage reads: one file per volume, and a manifest of regions and roles.
+
+A prepared volume is an HDF5 file with uncompressed, contiguous datasets, so that a patch is a view of a
+memory map:
+
+- `image`: uint8 or uint16;
+- `sides`: uint8, what is known of each voxel (`BACKGROUND`, `PRE`, `POST`, `SIDE_UNKNOWN`, `UNTRUSTED`);
+- `foreground_sum`: summed-volume table of the trusted foreground, one longer along each axis;
+- `label`: instance ids in the volume's own label kind; `neurons`, where a segmentation was given.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from synmlops.params import CHANNELS, LabelKind, SynmlopsError
+from synmlops.volumes.files import atomic_path
+from synmlops.volumes.store import Grid
+
+BACKGROUND, PRE, POST, SIDE_UNKNOWN, UNTRUSTED = 0, 1, 2, 3, 255
+"""Codes of the `sides` dataset."""
+
+ROLES = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Box:
+    """A region of a volume in voxels, half open: `start_zyx <= voxel < stop_zyx`."""
+
+    start_zyx: tuple[int, int, int]
+    stop_zyx: tuple[int, int, int]
+
+    @property
+    def shape_zyx(self) -> tuple[int, int, int]:
+        """Voxels along each axis."""
+        z, y, x = (stop - start for start, stop in zip(self.start_zyx, self.stop_zyx, strict=True))
+        return z, y, x
+
+    @property
+    def slices(self) -> tuple[slice, slice, slice]:
+        """The box as an index of a z, y, x array."""
+        z, y, x = (slice(start, stop) for start, stop in zip(self.start_zyx, self.stop_zyx, strict=True))
+        return z, y, x
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box of a named prepared volume."""
+
+    volume: str
+    box: Box
+
+    @property
+    def name(self) -> str:
+        """A file name for what is computed of this region."""
+        return f"{self.volume}_z{self.box.start_zyx[0]}_y{self.box.start_zyx[1]}_x{self.box.start_zyx[2]}"
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One division of the tissue; a single fold unless the params split by region."""
+
+    name: str
+    train: tuple[Region, ...]
+    validation: tuple[Region, ...]
+    test: tuple[Region, ...]
+
+
+@dataclass(frozen=True)
+class PreparedVolume:
+    """One prepared file. Arrays are memory maps, opened when first asked for."""
+
+    path: Path
+    shape_zyx: tuple[int, int, int]
+    kind: LabelKind | None
+    grid: Grid
+    sources: dict[str, str] = field(default_factory=dict)  # "image", "label", ... to the file it came from
+    sha256: dict[str, str] = field(default_factory=dict)  # the same keys, digest of that file
+    partners: Path | None = None  # true partner table
+
+    @cached_property
+    def image(self) -> NDArray[Any]:
+        """The image, (z, y, x)."""
+        return self._map("image")
+
+    @cached_property
+    def sides(self) -> NDArray[np.uint8]:
+        """What is known of each voxel, (z, y, x)."""
+        return self._map("sides")
+
+    @cached_property
+    def foreground_sum(self) -> NDArray[Any]:
+        """Summed-volume table of the trusted foreground, (z + 1, y + 1, x + 1)."""
+        return self._map("foreground_sum")
+
+    def read(self, name: str, box: Box) -> NDArray[Any] | None:
+        """Read a box of `label` or `neurons`; None if the volume has no such dataset."""
+        with h5py.File(self.path) as file:
+            return np.asarray(file[name][box.slices]) if name in file else None
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The channels that this volume's label knows."""
+        return known_channels(self.kind)
+
+    def _map(self, name: str) -> NDArray[Any]:
+        with h5py.File(self.path) as file:
+            dataset = cast(h5py.Dataset, file[name])
+            offset, shape, dtype = dataset.id.get_offset(), dataset.shape, dataset.dtype
+        return np.memmap(self.path, dtype=dtype, mode="r", offset=offset, shape=shape)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All prepared volumes and the folds over them, with the intensity statistics of training images."""
+
+    volumes: dict[str, PreparedVolume]
+    folds: tuple[Fold, ...]
+    mean: float  # of the training images, in grey levels
+    std: float
+
+
+def known_channels(kind: LabelKind | None) -> tuple[str, ...]:
+    """Name the channels that a label of this kind knows.
+
+    Examples
+    --------
+    >>> known_channels("union"), known_channels("semantic")
+    (('union',), ('pre', 'post', 'union'))
+    """
+    if kind is None:
+        return ()
+    return ("union",) if kind == "union" else CHANNELS
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write FOLDER/manifest.json; paths in it are relative to the folder."""
+    tree = asdict(manifest)
+    for volume in tree["volumes"].values():
+        volume["path"] = Path(volume["path"]).name
+        volume["partners"] = volume["partners"] and Path(volume["partners"]).name
+    with atomic_path(folder / "manifest.json") as temporary:
+        temporary.write_text(json.dumps(tree, indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read what `write_manifest` wrote.
+
+    Raises
+    ------
+    SynmlopsError
+        If the folder holds no complete prepared data.
+    """
+    path = folder / "manifest.json"
+    try:
+        tree = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise SynmlopsError(
+            f"{path}: is missing or broken ({error}); run `synmlops prepare`, or `dvc checkout` the last one"
+        ) from error
+    volumes = {name: _volume_from(tree, folder) for name, tree in tree["volumes"].items()}
+    for volume in volumes.values():
+        if not volume.path.exists():
+            raise SynmlopsError(f"{volume.path}: is missing; run `synmlops prepare` or `dvc checkout` again")
+    folds = tuple(
+        Fold(
+            name=fold["name"],
+            **{role: tuple(_region_from(region) for region in fold[role]) for role in ROLES},
+        )
+        for fold in tree["folds"]
+    )
+    return Manifest(volumes, folds, tree["mean"], tree["std"])
+
+
+def _volume_from(tree: dict[str, Any], folder: Path) -> PreparedVolume:
+    grid = Grid(*(tuple(tree["grid"][key]) for key in ("voxel_nm", "offset_nm")))
+    return PreparedVolume(
+        path=folder / tree["path"],
+        shape_zyx=tuple(tree["shape_zyx"]),
+        kind=tree["kind"],
+        grid=grid,
+        sources=tree["sources"],
+        sha256=tree["sha256"],
+        partners=folder / tree["partners"] if tree["partners"] else None,
+    )
+
+
+def _region_from(tree: dict[str, Any]) -> Region:
+    box = tree["box"]
+    return Region(tree["volume"], Box(tuple(box["start_zyx"]), tuple(box["stop_zyx"])))
