@@ -1,0 +1,209 @@
+"""All scores of a predicted region against its truth, and their sum over regions and folds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from synmlops.params import EvaluateParams, LabelKind
+from synmlops.synapses.instances import Instances, Probabilities, decode_pairs, decode_union
+from synmlops.synapses.metrics import (
+    Counts,
+    Histogram,
+    InstanceScores,
+    histogram_of,
+    score_instances,
+    score_partners,
+)
+from synmlops.volumes.prepared import BACKGROUND, POST, PRE, UNTRUSTED
+
+T = TypeVar("T", Counts, Histogram)
+
+
+def voxel_histograms(
+    probabilities_czyx: Probabilities,
+    sides_zyx: NDArray[np.uint8],
+    *,
+    names: Sequence[str],
+    known: Sequence[str],
+) -> dict[str, Histogram]:
+    """Count voxels by probability and truth, for each channel that is both predicted and known.
+
+    Parameters
+    ----------
+    probabilities_czyx : (C, Z, Y, X) array of uint8
+        One plane per name in `names`.
+    sides_zyx : (Z, Y, X) array of uint8
+        Codes of `synmlops.volumes.prepared`; untrusted voxels do not count.
+    names, known : sequence of str
+        Channels of the probabilities, and those that the label knows.
+    """
+    trusted = sides_zyx != UNTRUSTED
+    truth = {"pre": sides_zyx == PRE, "post": sides_zyx == POST, "union": (sides_zyx != BACKGROUND) & trusted}
+    mask = None if trusted.all() else trusted
+    return {
+        name: histogram_of(plane, truth[name], mask_zyx=mask)
+        for name, plane in zip(names, probabilities_czyx, strict=True)
+        if name in known
+    }
+
+
+def decode(probabilities_czyx: Probabilities, *, threshold: float, params: EvaluateParams) -> Instances:
+    """Decode instances: pairs from three channels, whole synapses from the union channel alone."""
+    if len(probabilities_czyx) == 1:
+        return decode_union(probabilities_czyx[0], threshold=threshold, min_voxels=params.min_voxels)
+    return decode_pairs(
+        probabilities_czyx,
+        threshold=threshold,
+        side_threshold=params.side_threshold,
+        min_voxels=params.min_voxels,
+    )
+
+
+def true_instances(label_zyx: NDArray[np.unsignedinteger], kind: LabelKind, *, sides: bool) -> Instances:
+    """Give the instances that a label stands for.
+
+    Parameters
+    ----------
+    label_zyx : (Z, Y, X) array of unsigned int
+    kind : {"pairs", "semantic", "union"}
+        A pairs label is its own instances; in the others a synapse is a connected component.
+    sides : bool
+        True for ids in the pairs convention, False for one id per synapse.
+
+    Examples
+    --------
+    >>> label = np.array([[[1, 2, 0, 0, 2, 1]]], np.uint8)
+    >>> true_instances(label, "semantic", sides=True)
+    array([[[1, 2, 0, 0, 4, 3]]], dtype=uint16)
+    >>> true_instances(label, "pairs", sides=False)
+    array([[[1, 1, 0, 0, 1, 1]]], dtype=uint8)
+    """
+    if kind == "pairs":
+        return label_zyx if sides else label_zyx // 2 + label_zyx % 2
+    if kind == "semantic" and sides:
+        planes = np.stack([label_zyx == PRE, label_zyx == POST, label_zyx != 0]).astype(np.uint8) * 255
+        return decode_pairs(planes, threshold=0.5, side_threshold=0.5, min_voxels=1)
+    return decode_union((label_zyx != 0).astype(np.uint8) * np.uint8(255), threshold=0.5, min_voxels=1)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one region or, added up, of many."""
+
+    histograms: dict[str, Histogram] = field(default_factory=dict)  # by channel
+    voxels: dict[str, Counts] = field(default_factory=dict)  # by channel, at the operating point
+    instances: InstanceScores = field(default_factory=InstanceScores)
+    partners: Counts | None = None  # None where no label knows the sides
+    partners_with_neurons: Counts | None = None  # None where there is no segmentation
+
+    def __add__(self, other: "Scores") -> "Scores":
+        return Scores(
+            add_by_key(self.histograms, other.histograms),
+            add_by_key(self.voxels, other.voxels),
+            self.instances + other.instances,
+            _add_known(self.partners, other.partners),
+            _add_known(self.partners_with_neurons, other.partners_with_neurons),
+        )
+
+    def flat(self) -> dict[str, float]:
+        """Give all scores by name, for metrics.json and MLflow; what is not known is left out."""
+        flat: dict[str, float] = {}
+        for name, counts in self.voxels.items():
+            flat |= _named(f"voxel_{name}", counts)
+            flat[f"voxel_{name}_average_precision"] = self.histograms[name].average_precision()
+        flat |= _named("detection", self.instances.by_iou, counted=True)
+        flat |= _named("detection_centroid", self.instances.by_centroid)
+        if self.partners is not None:
+            flat["direction_accuracy"] = self.instances.direction.accuracy
+            flat |= _named("partner", self.partners, counted=True)
+        if self.partners_with_neurons is not None:
+            flat |= _named("partner_neurons", self.partners_with_neurons)
+        return flat
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Predicted and true partners of a region, and whether both know the neurons."""
+
+    predicted: pd.DataFrame
+    true: pd.DataFrame
+    with_neurons: bool
+
+
+def score_region(
+    histograms: Mapping[str, Histogram],
+    predicted: Instances,
+    true: Instances,
+    *,
+    threshold: float,
+    voxel_nm: tuple[float, float, float],
+    tables: Tables | None,
+    mask: NDArray[np.bool_] | None,
+    params: EvaluateParams,
+) -> Scores:
+    """Score one region at an operating point.
+
+    Parameters
+    ----------
+    histograms : mapping
+        From `voxel_histograms`.
+    predicted, true : (Z, Y, X) array of unsigned int
+        In the pairs convention if `tables` is given, else one id per synapse.
+    threshold : float
+        Operating point, for the voxel scores.
+    voxel_nm : (3,) float
+    tables : Tables or None
+        Partner tables; None where the sides are not known.
+    mask : (Z, Y, X) array of bool or None
+        Only voxels where it is set count.
+    params : EvaluateParams
+        Limits of the matchings.
+    """
+    instances = score_instances(
+        predicted,
+        true,
+        pairs=tables is not None,
+        voxel_nm=voxel_nm,
+        iou=params.iou,
+        centroid_nm=params.centroid_nm,
+        mask=mask,
+    )
+    partners = with_neurons = None
+    if tables is not None:
+        partners = _partner_counts(tables, with_neurons=False, params=params)
+        with_neurons = (
+            _partner_counts(tables, with_neurons=True, params=params) if tables.with_neurons else None
+        )
+    voxels = {name: histogram.at(threshold) for name, histogram in histograms.items()}
+    return Scores(dict(histograms), voxels, instances, partners, with_neurons)
+
+
+def add_by_key(one: Mapping[str, T], other: Mapping[str, T]) -> dict[str, T]:
+    """Add two mappings key by key; a key that one lacks is taken from the other."""
+    both = dict(one)
+    for name, value in other.items():
+        both[name] = both[name] + value if name in both else value
+    return both
+
+
+def _partner_counts(tables: Tables, *, with_neurons: bool, params: EvaluateParams) -> Counts:
+    return score_partners(
+        tables.predicted, tables.true, radius_nm=params.radius_nm, with_neurons=with_neurons
+    )
+
+
+def _add_known(one: Counts | None, other: Counts | None) -> Counts | None:
+    if one is None or other is None:
+        return one if other is None else other
+    return one + other
+
+
+def _named(name: str, counts: Counts, *, counted: bool = False) -> dict[str, float]:
+    scores = {"precision": counts.precision, "recall": counts.recall, "f1": counts.f1}
+    if counted:
+        scores |= {"true": float(counts.true), "predicted": float(counts.predicted)}
+    return {f"{name}_{score}": value for score, value in scores.items()}
