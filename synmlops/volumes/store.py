@@ -14,9 +14,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from synmlops.params import SynmlopsError
 from synmlops.volumes.files import atomic_path, plain_write_errors
-from synmlops.volumes.sections import TIFF_SUFFIXES, Nm, Region, SectionFolder, TiffStack, size_of
+from synmlops.volumes.hdf5 import HDF5_SUFFIXES, Hdf5Dataset
+from synmlops.volumes.sections import TIFF_SUFFIXES, Nm, Region, SectionFolder, TiffStack
 
-HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
 SLAB_BYTES = 64 << 20
 _CHUNK_ZYX = (16, 128, 128)  # voxels; used where a dataset is compressed
 
@@ -113,11 +113,15 @@ class Volume:
         """Read the whole volume."""
         return self[()]
 
-    def slabs(self, max_bytes: int = SLAB_BYTES) -> Iterator[tuple[int, NDArray[Any]]]:
-        """Give the volume as slabs along z, each with its first z; a slab holds one section at least."""
+    def slabs(self, max_bytes: int = SLAB_BYTES, *, multiple: int = 1) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Give the volume as slabs along z, each with its first z.
+
+        A slab is a multiple of `multiple` sections deep (the last one may be less), and may pass
+        `max_bytes` only if that many sections do.
+        """
         depth = self.shape[-3]
-        section = self.dtype.itemsize * math.prod(self.shape) // max(depth, 1)
-        step = max(1, max_bytes // max(section, 1))
+        group = self.dtype.itemsize * math.prod(self.shape) // depth * multiple
+        step = max(1, max_bytes // group) * multiple
         for z in range(0, depth, step):
             yield z, self[(*(slice(None),) * (len(self.shape) - 3), slice(z, z + step))]
 
@@ -134,54 +138,6 @@ class Volume:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         self.close()
-
-
-class _Hdf5Dataset:
-    def __init__(self, path: Path, name: str | None) -> None:
-        self.path = path
-        try:
-            self._file = h5py.File(path, "r")
-        except OSError as error:
-            raise _damaged(path, error) from error
-        try:
-            self.name = _choose_dataset(path, self._file, name)
-            self._data = self._file[self.name]
-            if self._data.dtype.kind not in "buif":
-                raise SynmlopsError(f"{path}::{self.name}: holds {self._data.dtype}, not numbers")
-            self.attrs = _attributes(self._file) | _attributes(self._data)
-            where = f"{path}::{self.name}"
-            self.voxel_nm = _nm_attribute(where, self.attrs, "resolution", positive=True)
-            self.offset_nm = _nm_attribute(where, self.attrs, "offset", positive=False)
-        except (OSError, RuntimeError, KeyError) as error:
-            self._file.close()
-            raise _damaged(path, error) from error
-        except SynmlopsError:
-            self._file.close()
-            raise
-        self.shape: tuple[int, ...] = tuple(self._data.shape)
-        native = self._data.dtype.newbyteorder("=")
-        self.dtype: np.dtype[Any] = np.dtype(np.uint8) if native == np.bool_ else native
-
-    def read(self, region: Region) -> NDArray[Any]:
-        if 0 in size_of(self.shape, region):
-            return np.empty(size_of(self.shape, region), self.dtype)
-        try:
-            return np.asarray(self._data[region]).astype(self.dtype, copy=False)
-        except (OSError, RuntimeError) as error:
-            raise _damaged(self.path, error) from error
-
-    def memmap(self) -> NDArray[Any] | None:
-        offset = self._data.id.get_offset()
-        if offset is None or self._data.dtype != self.dtype or self._data.external:
-            return None
-        if offset + self._data.nbytes > self.path.stat().st_size:
-            raise SynmlopsError(
-                f"{self.path}::{self.name}: is truncated, its voxels end early; copy or make it again"
-            )
-        return np.memmap(self.path, self.dtype, "r", offset, self.shape)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def open_volume(source: str | Path, *, ndim: int = 3) -> Volume:
@@ -204,7 +160,7 @@ def open_volume(source: str | Path, *, ndim: int = 3) -> Volume:
     text, _, dataset = str(source).partition("::")
     path = Path(text)
     reader = _open_reader(path, dataset or None)
-    name = reader.name if isinstance(reader, _Hdf5Dataset) else None
+    name = reader.name if isinstance(reader, Hdf5Dataset) else None
     volume = Volume(path, name, reader)
     axes = {3: "z, y, x", 4: "c, z, y, x"}[ndim]
     if len(volume.shape) != ndim or 0 in volume.shape:
@@ -310,7 +266,7 @@ def _open_reader(path: Path, dataset: str | None) -> _Reader:
         raise SynmlopsError(f"{path}: is empty (0 bytes); copy or make it again")
     suffix = path.suffix.lower()
     if not path.is_dir() and (suffix in HDF5_SUFFIXES or h5py.is_hdf5(path)):
-        return _Hdf5Dataset(path, dataset)
+        return Hdf5Dataset(path, dataset)
     if dataset is not None:
         raise SynmlopsError(f"{path}::{dataset}: only an HDF5 file has datasets; leave out ::{dataset}")
     if path.is_dir():
@@ -321,52 +277,3 @@ def _open_reader(path: Path, dataset: str | None) -> _Reader:
         f"{path}: unknown format; give HDF5 ({', '.join(HDF5_SUFFIXES)}), a multi-page TIFF "
         f"({', '.join(TIFF_SUFFIXES)}) or a folder of TIFF or PNG sections"
     )
-
-
-def _choose_dataset(path: Path, file: Any, name: str | None) -> str:
-    found: dict[str, Any] = {}
-    file.visititems(lambda key, node: found.update({key: node}) if isinstance(node, h5py.Dataset) else None)
-    listed = ", ".join(f"{key} {node.shape} {node.dtype}" for key, node in found.items())
-    if not found:
-        raise SynmlopsError(f"{path}: holds no dataset; copy or make it again")
-    wanted = name.strip("/") if name is not None else ("main" if "main" in found else None)
-    if wanted is None and len(found) == 1:
-        return next(iter(found))
-    if wanted is None:
-        raise SynmlopsError(
-            f"{path}: holds {len(found)} datasets ({listed}); name one: {path}::{next(iter(found))}"
-        )
-    if wanted not in found:
-        raise SynmlopsError(f"{path}: has no dataset {wanted}; it holds {listed}")
-    return wanted
-
-
-def _attributes(node: Any) -> dict[str, Any]:
-    return {
-        key: value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-        for key, value in node.attrs.items()
-    }
-
-
-def _nm_attribute(where: str, attrs: dict[str, Any], key: str, *, positive: bool) -> Nm | None:
-    if key not in attrs:
-        return None
-    try:
-        z, y, x = (float(value) for value in attrs[key])
-    except (TypeError, ValueError) as error:
-        raise SynmlopsError(
-            f"{where}: attribute {key} is {attrs[key]}; it must be three numbers (nm, z y x)"
-        ) from error
-    if not all(map(math.isfinite, (z, y, x))) or (positive and min(z, y, x) <= 0):
-        raise SynmlopsError(f"{where}: attribute {key} is {attrs[key]}; sizes in nm must be positive numbers")
-    return z, y, x
-
-
-def _damaged(path: Path, error: BaseException) -> SynmlopsError:
-    text = str(error)
-    if "errno = 13" in text or isinstance(error, PermissionError):
-        return SynmlopsError(f"{path}: may not be read; change its permissions")
-    cause = (
-        "is truncated" if "truncated" in text or "read failed" in text else "is no HDF5 file or is damaged"
-    )
-    return SynmlopsError(f"{path}: {cause} ({text}); copy or make it again")
