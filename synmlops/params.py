@@ -46,6 +46,8 @@ class PhantomParams(Section):
     validation_seeds: tuple[int, ...] = (11,)
     test_seeds: tuple[int, ...] = (21,)
     synapses_per_um3: Positive = 2.0
+    polyadic: Fraction = 0.6  # share of the synapses with two to four posts
+    lookalikes: NonNegative = 1.5  # per synapse: vesicles without density, density without vesicles ...
     noise: NonNegative = 1.0  # 1 is the default phantom, 2 doubles its noise
     jitter: NonNegative = 1.0  # the same for section-to-section jitter and contrast drift
 
