@@ -1,6 +1,7 @@
 """Reader of HDF5 datasets; `synmlops.volumes.store.open_volume` chooses and wraps it."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,10 @@ def _damaged(path: Path, error: BaseException) -> SynmlopsError:
     text = str(error)
     if "errno = 13" in text or isinstance(error, PermissionError):
         return SynmlopsError(f"{path}: may not be read; change its permissions")
-    cause = (
-        "is truncated" if "truncated" in text or "read failed" in text else "is no HDF5 file or is damaged"
-    )
+    short = re.search(r"truncated file: eof = (\d+), .*stored_eof = (\d+)", text)
+    if short is not None:
+        return SynmlopsError(
+            f"{path}: is truncated, {short[1]} of {short[2]} bytes are there; copy or make it again"
+        )
+    cause = "is truncated or damaged" if "read" in text else "is no HDF5 file or is damaged"
     return SynmlopsError(f"{path}: {cause} ({text}); copy or make it again")

@@ -140,7 +140,7 @@ class Volume:
         self.close()
 
 
-def open_volume(source: str | Path, *, ndim: int = 3) -> Volume:
+def open_volume(source: str | Path, *, ndim: int | None = 3) -> Volume:
     """Open a volume for reading; nothing but its header is read.
 
     Parameters
@@ -148,8 +148,8 @@ def open_volume(source: str | Path, *, ndim: int = 3) -> Volume:
     source : str or Path
         An HDF5 file, `a.h5::dataset` (default: `main`, else the only dataset); a multi-page TIFF; or a
         folder of TIFF or PNG sections.
-    ndim : int
-        3 for z, y, x; 4 for c, z, y, x.
+    ndim : int or None
+        3 for z, y, x; 4 for c, z, y, x; None for either.
 
     Raises
     ------
@@ -162,8 +162,8 @@ def open_volume(source: str | Path, *, ndim: int = 3) -> Volume:
     reader = _open_reader(path, dataset or None)
     name = reader.name if isinstance(reader, Hdf5Dataset) else None
     volume = Volume(path, name, reader)
-    axes = {3: "z, y, x", 4: "c, z, y, x"}[ndim]
-    if len(volume.shape) != ndim or 0 in volume.shape:
+    axes = {3: "z, y, x", 4: "c, z, y, x", None: "z, y, x or c, z, y, x"}[ndim]
+    if len(volume.shape) not in ((3, 4) if ndim is None else (ndim,)) or 0 in volume.shape:
         volume.close()
         problem = "has no voxels" if 0 in volume.shape else f"has {len(volume.shape)} axes"
         raise SynmlopsError(f"{volume.name}: {problem}, shape {volume.shape}; give a volume with axes {axes}")
