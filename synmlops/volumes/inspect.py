@@ -27,7 +27,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 _FINE_BINS = 1 << 12  # multiple of BINS
 _TABLES = ("foreground_sum",)  # datasets of prepare that are no voxels
 _SATURATED = 0.01  # share of voxels at an end of the range from which it is worth saying
-_SAME_NEIGHBOUR = 0.6  # share of non-zero voxels equal to the next one in x from which it is a label
+_SAME_NEIGHBOUR = 0.6  # share of non-zero voxels equal to a neighbour in x from which it is a label
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class _Tally:
     highest: float = -np.inf
     unusable: int = 0  # NaN or infinite voxels
     nonzero: int = 0
-    same: int = 0  # non-zero voxels equal to the next one in x
+    same: int = 0  # non-zero voxels equal to a neighbour in x
     constant_sections: list[int] = field(default_factory=list)
 
 
@@ -174,7 +174,11 @@ def _tally(volume: Volume) -> _Tally:
             tally.lowest = min(tally.lowest, slab.min(where=usable, initial=slab[usable][0]).item())
             tally.highest = max(tally.highest, slab.max(where=usable, initial=slab[usable][0]).item())
         tally.nonzero += int(np.count_nonzero(slab))
-        tally.same += int(np.count_nonzero((slab[..., :-1] == slab[..., 1:]) & (slab[..., 1:] != 0)))
+        like_next = slab[..., :-1] == slab[..., 1:]
+        like_a_neighbour = np.zeros(slab.shape, bool)
+        like_a_neighbour[..., 1:], like_a_neighbour[..., :-1] = like_next, like_next
+        like_a_neighbour[..., 1:-1] |= like_next[..., :-1]
+        tally.same += int(np.count_nonzero(like_a_neighbour & (slab != 0)))
         if slab.ndim == 3:
             constant = (slab == slab[:, :1, :1]).all(axis=(1, 2))
             tally.constant_sections += [z + int(i) for i in np.flatnonzero(constant)]
@@ -213,10 +217,12 @@ def _grey_levels(volume: Volume, tally: _Tally) -> tuple[NDArray[np.int64], NDAr
         for _, slab in volume.slabs():
             counts += np.bincount(slab.ravel().astype(np.int64) - int(low), minlength=n)
         return counts, low + np.arange(n, dtype=np.float64)
-    counts, top = np.zeros(_FINE_BINS, np.int64), max(high, low + 1e-6)
+    counts, width = np.zeros(_FINE_BINS, np.int64), max((high - low) / _FINE_BINS, np.finfo(np.float64).tiny)
     for _, slab in volume.slabs():
-        counts += np.histogram(slab[np.isfinite(slab)], _FINE_BINS, (low, top))[0]
-    return counts, np.linspace(low, top, _FINE_BINS)
+        values = slab[np.isfinite(slab)].astype(np.float64)
+        places = ((values - low) / width).clip(0, _FINE_BINS - 1).astype(np.int64)
+        counts += np.bincount(places, minlength=_FINE_BINS)
+    return counts, np.linspace(low, high, _FINE_BINS)
 
 
 def _image_problems(volume: Volume, tally: _Tally, counts: NDArray[np.int64]) -> list[str]:
