@@ -47,7 +47,7 @@ class PhantomParams(Section):
     test_seeds: tuple[int, ...] = (21,)
     synapses_per_um3: Positive = 2.0
     polyadic: Fraction = 0.6  # share of the synapses with two to four posts
-    lookalikes: NonNegative = 1.5  # per synapse: vesicles without density, density without vesicles ...
+    lookalikes: NonNegative = 2.0  # per synapse: vesicles without density, density without vesicles ...
     noise: NonNegative = 1.0  # 1 is the default phantom, 2 doubles its noise
     jitter: NonNegative = 1.0  # the same for section-to-section jitter and contrast drift
 
@@ -181,6 +181,15 @@ class LossParams(Section):
     foreground_weight_clip: tuple[Fraction, Fraction] = (0.05, 0.95)  # of the foreground share
 
 
+class InferParams(Section):
+    """The sliding window."""
+
+    window_zyx: Zyx = (16, 256, 256)
+    overlap: Annotated[float, Field(ge=0, le=0.75)] = 0.25  # of the window, along each axis
+    batch_size: Count = 1  # windows
+    precision: Precision = "auto"
+
+
 class TrainParams(Section):
     """The optimisation."""
 
@@ -191,16 +200,9 @@ class TrainParams(Section):
     gradient_clip: Positive = 1.0
     ema: Fraction = 0.99  # decay of the averaged weights, which are validated and exported
     validate_every: Count = 200  # steps
+    validation: InferParams = InferParams()  # apart from infer's own, so that changing that trains nothing
     checkpoint_every: Count = 100  # steps
     precision: Precision = "auto"  # bf16 where the device is fast in it
-
-
-class InferParams(Section):
-    """The sliding window."""
-
-    window_zyx: Zyx = (16, 256, 256)
-    overlap: Annotated[float, Field(ge=0, le=0.75)] = 0.25  # of the window, along each axis
-    batch_size: Count = 1  # windows
 
 
 class EvaluateParams(Section):
@@ -234,6 +236,7 @@ class Params(Section):
         for key, size in (
             ("sampling.patch_zyx", self.sampling.patch_zyx),
             ("infer.window_zyx", self.infer.window_zyx),
+            ("train.validation.window_zyx", self.train.validation.window_zyx),
         ):
             for axis, n, p in zip("zyx", size, pool, strict=True):
                 if n % p:
@@ -312,6 +315,17 @@ def flatten(tree: BaseModel | dict[str, Any]) -> dict[str, str | int | float | b
         else:
             flat[key] = str(value) if isinstance(value, list) else value
     return flat
+
+
+def sections(params: Params, *names: str) -> dict[str, str | int | float | bool | None]:
+    """Flatten some sections of params.yaml: what one stage depends on.
+
+    Examples
+    --------
+    >>> sections(Params(data=DataParams(phantom=PhantomParams())), "seed", "loss")["loss.bce"]
+    1.0
+    """
+    return flatten(params.model_dump(mode="json", include=set(names)))
 
 
 def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:

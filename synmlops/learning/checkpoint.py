@@ -1,7 +1,6 @@
 """Models and resume checkpoints on disk: no pickle is executed, and a file appears only when complete."""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from synmlops.learning.network import build_network
-from synmlops.params import NetworkParams, SynmlopsError
+from synmlops.params import NetworkParams, Section, SynmlopsError
 from synmlops.volumes.files import atomic_path
 
 
-@dataclass(frozen=True)
-class ModelMeta:
+class ModelMeta(Section):
     """What a model file says beside its weights."""
 
     network: NetworkParams
@@ -41,10 +39,9 @@ class Model:
 
 def save_model(path: Path, weights: dict[str, Tensor], meta: ModelMeta) -> None:
     """Write weights as safetensors, the meta in the file's header."""
-    tree = asdict(meta) | {"network": meta.network.model_dump(mode="json")}
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"synmlops": json.dumps(tree)})
+        save_file(tensors, temporary, metadata={"synmlops": meta.model_dump_json()})
 
 
 def load_model(path: Path, *, device: str | torch.device = "cpu") -> Model:
@@ -81,11 +78,7 @@ def read_meta(path: Path) -> ModelMeta:
         raise SynmlopsError(
             f"{path}: has no synmlops header, so its network is unknown; use a file of `synmlops train`"
         )
-    tree = json.loads(header)
-    tree["network"] = NetworkParams.model_validate(tree["network"])
-    return ModelMeta(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
-    )
+    return ModelMeta.model_validate_json(header)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from synmlops.learning.launch import is_worker
 from synmlops.params import SynmlopsError
 
 
@@ -42,11 +43,6 @@ class Ranks:
         return box[0]
 
 
-def is_worker() -> bool:
-    """Whether torchrun (or our own launcher) started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def count_gpus() -> int:
     """Count the GPUs that torch sees."""
     return torch.cuda.device_count()
@@ -71,38 +67,16 @@ def check_gpus(wanted: int | None) -> int:
     return wanted
 
 
-def launch(n_processes: int, argv: Sequence[str]) -> None:
-    """Run `python -m synmlops ARGV` in several processes under torch's elastic launcher.
-
-    A worker that dies restarts the group, which goes on from its last checkpoint.
-
-    Raises
-    ------
-    SynmlopsError
-        If the group failed for good; the workers have printed why.
-    """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser, run
-
-    threads = max(1, (os.cpu_count() or 1) // n_processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    options = ["--standalone", f"--nproc-per-node={n_processes}", "--max-restarts=2", "-m", "synmlops", *argv]
-    try:
-        run(get_args_parser().parse_args(options))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        code = failure.exitcode
-        raise SynmlopsError(
-            f"training stopped: process {rank} ended with exit code {code}; see its message above"
-        ) from None
+def pick_device(gpus: int | None = None) -> torch.device:
+    """Give a GPU where there is one and `gpus` is not 0, else the CPU."""
+    return torch.device("cuda" if check_gpus(gpus) else "cpu")
 
 
 @contextmanager
 def joined_ranks(gpus: int | None = None) -> Iterator[Ranks]:
     """Join the group that the environment names, or stand alone; leave it at the end."""
     if not is_worker():
-        device = torch.device("cuda" if check_gpus(gpus) else "cpu")
-        yield Ranks(rank=0, n_ranks=1, device=device)
+        yield Ranks(rank=0, n_ranks=1, device=pick_device(gpus))
         return
     rank, n_ranks, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     on_gpu = count_gpus() > 0 and gpus != 0

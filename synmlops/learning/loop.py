@@ -252,7 +252,7 @@ class _Trainer:
                     "network.norm: batch norm over several CPU processes would see a part of the batch each; "
                     "use group, or one process"
                 )
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         return network.to(ranks.device)
 
 

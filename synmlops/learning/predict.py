@@ -12,9 +12,7 @@ from torch import Tensor
 
 from synmlops.learning.checkpoint import Model
 from synmlops.params import CHANNELS, InferParams, Precision
-
-SCALE = 255
-"""Grey level of probability 1 in every file of probabilities."""
+from synmlops.volumes.probabilities import SCALE
 
 
 class Image(Protocol):
@@ -33,7 +31,6 @@ def predict(
     image: Image,
     *,
     params: InferParams,
-    precision: Precision = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Predict a volume and give it out by slabs of sections.
@@ -49,7 +46,6 @@ def predict(
     image : array-like, (z, y, x) uint8 or uint16
         Read by slabs of sections. A side shorter than a window is padded by repeating its edge.
     params : InferParams
-    precision : {"auto", "bf16", "float32"}
     progress : callable
         Called with (windows done, windows in all).
 
@@ -76,7 +72,7 @@ def predict(
         for first in range(0, len(corners), params.batch_size):
             batch = corners[first : first + params.batch_size]
             views = [_window_slices(starts, window, iy, ix) for iy, ix in batch]
-            logits = _forward(model, torch.stack([slab[:, y, x] for y, x in views]), precision)
+            logits = _forward(model, torch.stack([slab[:, y, x] for y, x in views]), params.precision)
             for (iy, ix), (y, x), probability in zip(batch, views, torch.sigmoid(logits), strict=True):
                 weight = blend[0][iz][:, None, None] * blend[1][iy][:, None] * blend[2][ix]
                 ahead[:, :, y, x] += probability * weight.to(device)
@@ -87,11 +83,9 @@ def predict(
         ahead = torch.cat([ahead[:, following - z0 :], torch.zeros_like(ahead[:, : following - z0])], dim=1)
 
 
-def predict_array(
-    model: Model, image: NDArray[Any], *, params: InferParams, precision: Precision = "auto"
-) -> NDArray[np.uint8]:
+def predict_array(model: Model, image: NDArray[Any], *, params: InferParams) -> NDArray[np.uint8]:
     """Predict a volume that fits in memory: (z, y, x) in, (3, z, y, x) uint8 out."""
-    slabs = predict(model, image, params=params, precision=precision)
+    slabs = predict(model, image, params=params)
     return np.concatenate([slab for _, slab in slabs], axis=1)
 
 
@@ -149,7 +143,7 @@ def _read_padded(image: Image, z0: int, n: int, plane: tuple[int, ...], device: 
     missing = [size - have for size, have in zip((n, *plane), block.shape, strict=True)]
     if any(missing):
         block = np.pad(block, [(0, more) for more in missing], mode="edge")
-    return torch.from_numpy(np.ascontiguousarray(block)).to(device).float()
+    return torch.from_numpy(np.array(block)).to(device).float()
 
 
 def _to_uint8(probability: Tensor) -> NDArray[np.uint8]:

@@ -10,6 +10,7 @@ memory map:
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,21 @@ class Box:
         z, y, x = (stop - start for start, stop in zip(self.start_zyx, self.stop_zyx, strict=True))
         return z, y, x
 
+    def moved(self, by_zyx: Iterable[int]) -> "Box":
+        """Give the box shifted by these voxels.
+
+        Examples
+        --------
+        >>> Box((0, 0, 5), (1, 2, 6)).moved((0, 1, -5))
+        Box(start_zyx=(0, 1, 0), stop_zyx=(1, 3, 1))
+        """
+        steps = tuple(by_zyx)
+        (z0, y0, x0), (z1, y1, x1) = (
+            (at + step for at, step in zip(corner, steps, strict=True))
+            for corner in (self.start_zyx, self.stop_zyx)
+        )
+        return Box((z0, y0, x0), (z1, y1, x1))
+
     @property
     def slices(self) -> tuple[slice, slice, slice]:
         """The box as an index of a z, y, x array."""
@@ -51,15 +67,11 @@ class Box:
 
 @dataclass(frozen=True)
 class Region:
-    """A box of a named prepared volume."""
+    """A box of a prepared volume."""
 
+    name: str  # of the files that are computed of it
     volume: str
     box: Box
-
-    @property
-    def name(self) -> str:
-        """A file name for what is computed of this region."""
-        return f"{self.volume}_z{self.box.start_zyx[0]}_y{self.box.start_zyx[1]}_x{self.box.start_zyx[2]}"
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,11 @@ class Manifest:
     folds: tuple[Fold, ...]
     mean: float  # of the training images, in grey levels
     std: float
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every source file, by volume and role in it: `phantom_1/image`."""
+        return {f"{name}/{part}": d for name, v in self.volumes.items() for part, d in v.sha256.items()}
 
 
 def known_channels(kind: LabelKind | None) -> tuple[str, ...]:
@@ -193,4 +210,4 @@ def _volume_from(tree: dict[str, Any], folder: Path) -> PreparedVolume:
 
 def _region_from(tree: dict[str, Any]) -> Region:
     box = tree["box"]
-    return Region(tree["volume"], Box(tuple(box["start_zyx"]), tuple(box["stop_zyx"])))
+    return Region(tree["name"], tree["volume"], Box(tuple(box["start_zyx"]), tuple(box["stop_zyx"])))

@@ -1,0 +1,289 @@
+"""The `synmlops` command: one Typer command per stage and tool, nothing else."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from synmlops.layout import EVALUATED, MODELS, PREDICTED, PREPARED
+from synmlops.params import SynmlopsError, load_params
+
+app = typer.Typer(
+    help="Find synaptic partners in electron-microscopy volumes and keep every experiment comparable.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+importers = typer.Typer(help="Turn public datasets into volumes.", no_args_is_help=True)
+app.add_typer(importers, name="import")
+
+ParamsFile = Annotated[Path, typer.Option("--params", help="The params file.")]
+PreparedFolder = Annotated[Path, typer.Option("--prepared", help="What prepare wrote.")]
+ModelsFolder = Annotated[Path, typer.Option("--models", help="What train wrote.")]
+PredictedFolder = Annotated[Path, typer.Option("--predicted", help="What infer wrote.")]
+Gpus = Annotated[int | None, typer.Option(min=0, help="GPUs to use; default: all there are, else the CPU.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    with plain_errors():
+        app()
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn what a user can mend into one message and exit code 2."""
+    try:
+        yield
+    except SynmlopsError as error:
+        from synmlops.learning.launch import tell_launcher
+
+        if tell_launcher(error):
+            raise SystemExit(2) from None
+        hint = ""
+        if "DVC_STAGE" in os.environ:
+            hint = "\nDVC removed this stage's earlier outputs before it ran; `dvc checkout` brings them back."
+        print(f"synmlops: {error}{hint}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+@app.command()
+def prepare(
+    params: ParamsFile = Path("params.yaml"),
+    out: Annotated[Path, typer.Option(help="Folder for the prepared volumes.")] = PREPARED,
+    image: Annotated[
+        str | None, typer.Option(help="Training images, a.h5@b.h5; instead of those in the params.")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Their labels, a_syn.h5@b_syn.h5.")] = None,
+    label_kind: Annotated[
+        str | None, typer.Option(help="pairs, semantic or union; a@b for one each.")
+    ] = None,
+) -> None:
+    """Check every volume, convert it, and divide the tissue into train, validation and test."""
+    from synmlops.stages.prepare import run
+
+    manifest, notes = run(
+        load_params(params, overrides=_given_volumes(image, label, label_kind)).data, out=out
+    )
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
+    for name, volume in manifest.volumes.items():
+        typer.echo(f"{name}: {volume.shape_zyx} voxels of {volume.grid.voxel_nm} nm, label {volume.kind}")
+    typer.echo(f"{len(manifest.volumes)} volumes, {len(manifest.folds)} fold(s) in {out}")
+
+
+@app.command()
+def train(
+    params: ParamsFile = Path("params.yaml"),
+    prepared: PreparedFolder = PREPARED,
+    out: Annotated[Path, typer.Option(help="Folder for the models and their curves.")] = MODELS,
+    gpus: Gpus = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="CPU processes that share the batch, where no GPU is used.")
+    ] = 1,
+) -> None:
+    """Train a model; several GPUs (or CPU processes) share each batch."""
+    from synmlops.learning.launch import is_worker, launch, leave_if_stopped
+
+    leave_if_stopped()
+    settings = load_params(params)
+    if not is_worker() and (n_ranks := _count_ranks(gpus, processes)) > 1:
+        flags = ["train", "--params", params, "--prepared", prepared, "--out", out]
+        launch(n_ranks, [str(flag) for flag in [*flags, *(["--gpus", gpus] if gpus is not None else [])]])
+        return
+    from synmlops.stages.train import run
+
+    record = run(settings, prepared=prepared, out=out, gpus=gpus)
+    if record is not None:
+        typer.echo(f"models in {out}; run {record.key}")
+
+
+@app.command()
+def infer(
+    params: ParamsFile = Path("params.yaml"),
+    prepared: PreparedFolder = PREPARED,
+    models: ModelsFolder = MODELS,
+    out: Annotated[Path, typer.Option(help="Folder for the probabilities.")] = PREDICTED,
+    gpus: Gpus = None,
+    image: Annotated[
+        str | None, typer.Option(help="Volumes to predict, a.h5@b.h5; instead of the prepared ones.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --image: a model file, or models:/NAME@ALIAS of the registry.")
+    ] = None,
+    voxel_nm: Annotated[
+        str | None, typer.Option(help="With --image: voxel size z,y,x where the file does not say it.")
+    ] = None,
+) -> None:
+    """Predict the validation and test regions, or with --image any volume."""
+    from synmlops.stages import infer as stage
+
+    settings = load_params(params)
+    if image is None:
+        if model is not None or voxel_nm is not None:
+            raise SynmlopsError(
+                "--model and --voxel-nm go with --image; the stage takes its model from --models"
+            )
+        record = stage.run(settings, prepared=prepared, models=models, out=out, gpus=gpus)
+        typer.echo(f"probabilities in {out}; run {record.key}")
+        return
+    written = stage.run_on_images(
+        image,
+        model=model or str(models / "model.safetensors"),
+        out=out,
+        params=settings.infer,
+        gpus=gpus,
+        voxel_nm=_three_numbers(voxel_nm),
+    )
+    for path in written:
+        typer.echo(path)
+
+
+@app.command()
+def evaluate(
+    params: ParamsFile = Path("params.yaml"),
+    prepared: PreparedFolder = PREPARED,
+    predicted: PredictedFolder = PREDICTED,
+    models: ModelsFolder = MODELS,
+    out: Annotated[Path, typer.Option(help="Folder for scores, tables and report.")] = EVALUATED,
+) -> None:
+    """Decode the probabilities, match partners to the truth, write scores, tables and a report."""
+    from synmlops.stages.evaluate import run
+
+    run(load_params(params), prepared=prepared, predicted=predicted, curves=models / "history.csv", out=out)
+    typer.echo(score_table(out))
+    typer.echo(f"report: {(out / 'report.html').resolve()}")
+
+
+@app.command()
+def scores(
+    folder: Annotated[Path, typer.Argument(help="What evaluate wrote.")] = EVALUATED,
+) -> None:
+    """Print the F1 table of the last evaluation, where its report is, and how to open the MLflow UI."""
+    from synmlops.tracking.lineage import project_root, ui_command
+
+    typer.echo(score_table(folder))
+    typer.echo(f"report:    {(folder / 'report.html').resolve()}")
+    typer.echo(f"MLflow UI: {ui_command(project_root())}")
+
+
+@app.command()
+def inspect(
+    files: Annotated[list[str], typer.Argument(help="Volumes: HDF5, TIFF, folder of sections.")],
+) -> None:
+    """Print shape, type, voxel size, label kind and counts of volumes, and what is wrong with them."""
+    from rich.console import Console
+
+    from synmlops.volumes.inspect import inspect_volumes, render
+
+    reports = inspect_volumes(files)
+    console = Console()
+    for report in reports:
+        console.print(f"[bold]{report.source}[/bold]", highlight=False)
+        console.print(render(report))
+    if not all(report.readable for report in reports):
+        raise typer.Exit(2)
+
+
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Argument(help="Folder for the volumes.")],
+    seed: Annotated[
+        list[int] | None, typer.Option(help="One volume for each; give it again for more.")
+    ] = None,
+    params: Annotated[Path | None, typer.Option(help="Take data.phantom from this params file.")] = None,
+) -> None:
+    """Make phantom EM volumes with labels, neuron ids and true partners."""
+    from synmlops.params import PhantomParams
+    from synmlops.stages.prepare import phantom_source
+
+    settings = load_params(params).data.phantom if params else PhantomParams()
+    if settings is None:
+        raise SynmlopsError(f"{params}: data.phantom is null; set it, or leave out --params for the default")
+    out.mkdir(parents=True, exist_ok=True)
+    for number in seed or [1]:
+        source = phantom_source(settings, number, out)
+        typer.echo("\n".join(f"{name}: {path}" for name, path in source.paths.items()))
+
+
+@importers.command()
+def vnc(
+    source: Annotated[str, typer.Argument(help="Folder or archive of the dataset, or the archive's URL.")],
+    dest: Annotated[Path, typer.Argument(help="Folder for the HDF5 volumes.")],
+    sha256: Annotated[str | None, typer.Option(help="Digest that the downloaded archive must have.")] = None,
+) -> None:
+    """Turn the public Drosophila VNC dataset into HDF5 volumes with union labels."""
+    from synmlops.volumes.importers.vnc import import_vnc
+
+    typer.echo(str(import_vnc(source, dest, sha256=sha256)))
+
+
+def score_table(folder: Path) -> str:
+    """Give the main scores of an evaluation as an aligned text table.
+
+    Raises
+    ------
+    SynmlopsError
+        If there is no evaluation.
+    """
+    import json
+
+    path = folder / "metrics.json"
+    try:
+        metrics: dict[str, float] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SynmlopsError(
+            f"{path}: cannot be read ({error}); run `synmlops evaluate` or `dvc checkout`"
+        ) from error
+    names = {
+        "voxel_union": "union voxels",
+        "voxel_pre": "pre voxels",
+        "voxel_post": "post voxels",
+        "detection": "synapses (IoU)",
+        "detection_centroid": "synapses (centroid)",
+        "partner": "partners",
+        "partner_neurons": "partners, same neurons",
+    }
+    rows = [f"{'':24}{'F1':>8}{'precision':>11}{'recall':>8}"]
+    for key, title in names.items():
+        if f"{key}_f1" in metrics:
+            f1, precision, recall = (metrics[f"{key}_{part}"] for part in ("f1", "precision", "recall"))
+            rows.append(f"{title:24}{f1:8.3f}{precision:11.3f}{recall:8.3f}")
+    if "direction_accuracy" in metrics:
+        rows.append(f"{'direction accuracy':24}{metrics['direction_accuracy']:8.3f}")
+    rows.append(f"{'threshold':24}{metrics['threshold']:8.3f}")
+    return "\n".join(rows)
+
+
+def _count_ranks(gpus: int | None, processes: int) -> int:
+    """Settle how many processes train: one per GPU, else as many as were asked for on the CPU."""
+    from synmlops.learning.distributed import check_gpus
+
+    n_gpus = check_gpus(0 if processes > 1 and gpus is None else gpus)
+    if n_gpus and processes > 1:
+        raise SynmlopsError(f"--processes {processes} is for the CPU; with --gpus {n_gpus} leave it out")
+    return n_gpus or processes
+
+
+def _given_volumes(image: str | None, label: str | None, kind: str | None) -> dict[str, Any] | None:
+    """Turn the volume options into the params they stand for."""
+    if image is None and label is None and kind is None:
+        return None
+    if image is None or label is None or kind is None:
+        raise SynmlopsError("--image, --label and --label-kind go together; give all three")
+    kinds = kind.split("@")
+    given = {"image": image, "label": label, "label_kind": kinds[0] if len(kinds) == 1 else kinds}
+    return {"data.phantom": None, "data.train": given}
+
+
+def _three_numbers(text: str | None) -> tuple[float, float, float] | None:
+    if text is None:
+        return None
+    try:
+        z, y, x = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise SynmlopsError(f"--voxel-nm {text}: give three numbers, such as 40,8,8") from error
+    return z, y, x

@@ -1,0 +1,66 @@
+"""Several processes from one command: torch's elastic launcher, and how a worker says why it stopped."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from synmlops.params import SynmlopsError
+
+_STOP_FILE = "SYNMLOPS_STOP_FILE"
+MAX_RESTARTS = 3
+"""How often a group is started again after a worker died; it goes on from its last checkpoint."""
+
+
+def is_worker() -> bool:
+    """Whether torchrun, or our own launcher, started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launch(n_processes: int, argv: Sequence[str]) -> None:
+    """Run `python -m synmlops ARGV` in several processes under torch's elastic launcher.
+
+    A worker that dies has the whole group started again. An error that a user can mend is raised here, once.
+
+    Raises
+    ------
+    SynmlopsError
+        If a worker met one, or the group died more often than `MAX_RESTARTS`.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
+    threads = max(1, (os.cpu_count() or 1) // n_processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    options = ["--standalone", f"--nproc-per-node={n_processes}", f"--max-restarts={MAX_RESTARTS}"]
+    with TemporaryDirectory(prefix="synmlops-") as folder:
+        stop_file = Path(folder) / "stop"
+        os.environ[_STOP_FILE] = str(stop_file)
+        try:
+            run(get_args_parser().parse_args([*options, "-m", "synmlops", *argv]))  # type: ignore[no-untyped-call]
+        except ChildFailedError as error:
+            if stop_file.exists():
+                raise SynmlopsError(stop_file.read_text()) from None
+            rank, failure = error.get_first_failure()
+            raise SynmlopsError(
+                f"process {rank} ended with exit code {failure.exitcode}, after {MAX_RESTARTS} restarts of "
+                "the group; its own message stands above. The same command goes on from the last checkpoint"
+            ) from None
+        finally:
+            del os.environ[_STOP_FILE]
+
+
+def tell_launcher(error: SynmlopsError) -> bool:
+    """Leave the reason of a worker's end for `launch` to raise; False if nobody waits for it."""
+    path = os.environ.get(_STOP_FILE)
+    if not is_worker() or path is None:
+        return False
+    Path(path).write_text(str(error))
+    return True
+
+
+def leave_if_stopped() -> None:
+    """End a worker that was started again although another has said why all must stop."""
+    path = os.environ.get(_STOP_FILE)
+    if path is not None and Path(path).exists():
+        raise SystemExit(2)

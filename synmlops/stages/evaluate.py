@@ -1,0 +1,335 @@
+"""The evaluate stage: instances, partner tables, scores, curves and a report."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from synmlops.layout import RUN_FILE, probabilities_file
+from synmlops.params import CHANNELS, EvaluateParams, Params, SynmlopsError, flatten, sections
+from synmlops.progress import track
+from synmlops.synapses.instances import Instances
+from synmlops.synapses.metrics import Histogram
+from synmlops.synapses.partners import partners_of
+from synmlops.synapses.scores import (
+    Scores,
+    Tables,
+    decode,
+    score_region,
+    true_instances,
+    voxel_histograms,
+)
+from synmlops.tracking.record import RunRecord
+from synmlops.tracking.report import RegionView, ReportContent, write_report
+from synmlops.tracking.runs import StageRun
+from synmlops.volumes.files import atomic_folder, atomic_path
+from synmlops.volumes.prepared import UNTRUSTED, Fold, Manifest, PreparedVolume, Region, read_manifest
+from synmlops.volumes.probabilities import Probabilities, read_probabilities
+from synmlops.volumes.store import write_hdf5
+from synmlops.volumes.table import points_nm, read_table, write_table
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """The threshold of one fold and where it comes from; stored as JSON beside the scores."""
+
+    threshold: float
+    source: str  # "given", "validation" or "test regions of the other folds"
+    voxel_f1: float | None  # of the union at this threshold, on the regions it was chosen on
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What evaluate found."""
+
+    scores: Scores
+    metrics: dict[str, float]
+    operating_points: dict[str, OperatingPoint]  # by fold
+
+
+def run(params: Params, *, prepared: Path, predicted: Path, curves: Path, out: Path) -> Evaluation:
+    """Score the test regions of every fold and write OUT, which appears when all is done.
+
+    Parameters
+    ----------
+    params : Params
+    prepared, predicted : Path
+        What prepare and infer wrote.
+    curves : Path
+        `history.csv` of train, for the report.
+    out : Path
+        Folder for metrics.json, operating_point.json, precision_recall.csv, report.html, partners/ and
+        instances/.
+
+    Raises
+    ------
+    SynmlopsError
+        If a file is missing or broken, or the threshold is "auto" and only the test region is labelled.
+    """
+    manifest, inferred = read_manifest(prepared), RunRecord.read(predicted / RUN_FILE)
+    with StageRun.attach("evaluate", params=sections(params, "evaluate"), record=inferred) as run:
+        with atomic_folder(out) as folder:
+            points = {
+                fold.name: _operating_point(fold, manifest, predicted, params.evaluate)
+                for fold in manifest.folds
+            }
+            scored = _score_all(manifest, predicted, points, params=params.evaluate, folder=folder)
+            evaluation = _sum_up(scored, points)
+            _write_summary(evaluation, scored, run=run, curves=curves, params=params, folder=folder)
+        _log(run, evaluation, out)
+    return evaluation
+
+
+def _score_all(
+    manifest: Manifest,
+    predicted: Path,
+    points: Mapping[str, OperatingPoint],
+    *,
+    params: EvaluateParams,
+    folder: Path,
+) -> "list[_Scored]":
+    scored: list[_Scored] = []
+    with track("evaluate", sum(len(fold.test) for fold in manifest.folds)) as report:
+        for fold, region in _test_regions(manifest):
+            probabilities = read_probabilities(predicted / probabilities_file(fold.name, "test", region.name))
+            one = _evaluate_region(
+                region,
+                manifest.volumes[region.volume],
+                probabilities,
+                fold=fold.name,
+                threshold=points[fold.name].threshold,
+                params=params,
+            )
+            _write_region(one, probabilities, folder)
+            scored.append(one)
+            report(len(scored), region.name)
+    return scored
+
+
+@dataclass(frozen=True, eq=False)
+class _Scored:
+    """One test region with all that was made of it."""
+
+    view: RegionView
+    scores: Scores | None  # None where there is no label
+    partners: pd.DataFrame | None
+
+
+def _operating_point(
+    fold: Fold, manifest: Manifest, predicted: Path, params: EvaluateParams
+) -> OperatingPoint:
+    """Settle the threshold of a fold without looking at its test region."""
+    if params.threshold != "auto":
+        return OperatingPoint(params.threshold, "given", None)
+    chosen_on = [(fold, "validation", region) for region in fold.validation]
+    source = "validation"
+    if not chosen_on:  # a cross-validation: what the other folds hold out
+        chosen_on = [
+            (other, "test", region) for other in manifest.folds if other != fold for region in other.test
+        ]
+        source = "test regions of the other folds"
+    histogram = Histogram.empty()
+    for other, role, region in chosen_on:
+        volume = manifest.volumes[region.volume]
+        if volume.kind is not None:
+            probabilities = read_probabilities(predicted / probabilities_file(other.name, role, region.name))
+            histogram += _histograms(probabilities, volume, region)["union"]
+    if not histogram.foreground.any():
+        raise SynmlopsError(
+            f"evaluate.threshold: auto finds no labelled synapse to choose it on (fold {fold.name}); "
+            "label a validation volume, or set a number such as 0.5"
+        )
+    threshold = histogram.best_threshold()
+    return OperatingPoint(threshold, source, histogram.at(threshold).f1)
+
+
+def _histograms(probabilities: Probabilities, volume: PreparedVolume, region: Region) -> dict[str, Histogram]:
+    return voxel_histograms(
+        probabilities.values_czyx,
+        volume.sides[region.box.slices],
+        names=probabilities.channels,
+        known=volume.channels,
+    )
+
+
+def _evaluate_region(
+    region: Region,
+    volume: PreparedVolume,
+    probabilities: Probabilities,
+    *,
+    fold: str,
+    threshold: float,
+    params: EvaluateParams,
+) -> _Scored:
+    """Decode one region and score it as far as its label and its model know."""
+    has_sides = probabilities.channels == CHANNELS
+    values = probabilities.values_czyx if has_sides else probabilities.values_czyx[-1:]
+    instances = decode(values, threshold=threshold, params=params)
+    neurons = volume.read("neurons", region.box)
+    partners = true = true_partners = scores = None
+    if has_sides:
+        partners = partners_of(
+            instances,
+            voxel_nm=probabilities.grid.voxel_nm,
+            offset_nm=probabilities.grid.offset_nm,
+            probabilities_czyx=values,
+            neurons=neurons,
+            min_side_voxels=params.min_side_voxels,
+        )
+    if volume.kind is not None:
+        scored_sides = has_sides and volume.kind != "union"
+        label = volume.read("label", region.box)
+        assert label is not None  # prepare writes a label for every kind
+        true = true_instances(label, volume.kind, sides=scored_sides)
+        tables = None
+        if scored_sides and partners is not None:
+            true_partners = _true_partners(volume, region, true, neurons)
+            tables = Tables(partners, true_partners, with_neurons=neurons is not None)
+        trusted = volume.sides[region.box.slices] != UNTRUSTED
+        scores = score_region(
+            _histograms(probabilities, volume, region),
+            instances if scored_sides else _whole_synapses(instances, has_sides),
+            true,
+            threshold=threshold,
+            voxel_nm=probabilities.grid.voxel_nm,
+            tables=tables,
+            mask=None if trusted.all() else trusted,
+            params=params,
+        )
+    view = RegionView(
+        name=region.name,
+        fold=fold,
+        image=volume.image[region.box.slices],
+        predicted=instances,
+        true=true,
+        sides=has_sides,
+        predicted_partners=partners,
+        true_partners=true_partners,
+        voxel_nm=probabilities.grid.voxel_nm,
+    )
+    return _Scored(view, scores, partners)
+
+
+def _whole_synapses(instances: Instances, has_sides: bool) -> Instances:
+    """Give one id per synapse, whether or not the sides were decoded."""
+    return true_instances(instances, "pairs", sides=False) if has_sides else instances
+
+
+def _true_partners(
+    volume: PreparedVolume, region: Region, true: Instances, neurons: NDArray[np.unsignedinteger] | None
+) -> pd.DataFrame:
+    """Give the true partners of a region: those of the table that came with the volume, else of its label."""
+    grid = volume.grid.cropped(region.box.start_zyx)
+    if volume.partners is None:
+        return partners_of(true, voxel_nm=grid.voxel_nm, offset_nm=grid.offset_nm, neurons=neurons)
+    table = read_table(volume.partners)
+    voxel = (points_nm(table).mean(axis=1) - np.array(grid.offset_nm)) / np.array(grid.voxel_nm)
+    inside = ((voxel >= -0.5) & (voxel < np.array(region.box.shape_zyx) - 0.5)).all(axis=1)
+    return pd.DataFrame(table[inside]).reset_index(drop=True)
+
+
+def _test_regions(manifest: Manifest) -> Iterator[tuple[Fold, Region]]:
+    for fold in manifest.folds:
+        for region in fold.test:
+            yield fold, region
+
+
+def _sum_up(scored: list[_Scored], points: dict[str, OperatingPoint]) -> Evaluation:
+    known = [one.scores for one in scored if one.scores is not None]
+    total = sum(known[1:], start=known[0]) if known else Scores()
+    metrics = total.flat() if known else {}
+    metrics["threshold"] = float(np.mean([point.threshold for point in points.values()]))
+    return Evaluation(total, metrics, points)
+
+
+def _write_region(one: _Scored, probabilities: Probabilities, folder: Path) -> None:
+    name = one.view.name
+    attrs = {"label_kind": "pairs" if one.view.sides else "union"}
+    (folder / "instances").mkdir(exist_ok=True)
+    (folder / "partners").mkdir(exist_ok=True)
+    write_hdf5(
+        folder / "instances" / f"{name}.h5",
+        {"main": one.view.predicted},
+        grid=probabilities.grid,
+        attrs=attrs,
+        compression="gzip",
+    )
+    if one.partners is not None:
+        write_table(one.partners, folder / "partners" / f"{name}.parquet")
+
+
+def _write_summary(
+    evaluation: Evaluation,
+    scored: list[_Scored],
+    *,
+    run: StageRun,
+    curves: Path,
+    params: Params,
+    folder: Path,
+) -> None:
+    _write_json(folder / "metrics.json", evaluation.metrics)
+    _write_json(folder / "operating_point.json", _as_json(evaluation.operating_points))
+    curve = _curves(evaluation.scores.histograms)
+    with atomic_path(folder / "precision_recall.csv") as temporary:
+        curve.to_csv(temporary, index=False)
+    per_region = [
+        {"region": one.view.name, "fold": one.view.fold} | one.scores.flat()
+        for one in scored
+        if one.scores is not None
+    ]
+    sources = {point.source for point in evaluation.operating_points.values()}
+    record = run.record
+    content = ReportContent(
+        title="Synaptic partners",
+        run={
+            "run key": record.key,
+            "commit": record.commit + (" (with uncommitted changes)" if record.dirty else ""),
+            "DVC experiment": record.dvc_experiment or "none",
+        },
+        scores=evaluation.metrics,
+        thresholds={name: point.threshold for name, point in evaluation.operating_points.items()},
+        threshold_source=", ".join(sorted(sources)),
+        per_region=pd.DataFrame(per_region),
+        params=flatten(params),
+        curves=pd.read_csv(curves) if curves.exists() else pd.DataFrame(),
+        precision_recall=curve,
+        regions=[one.view for one in scored],
+        notes=[],
+    )
+    write_report(content, folder / "report.html")
+
+
+def _as_json(points: Mapping[str, OperatingPoint]) -> dict[str, object]:
+    """Give the operating point that travels with the model: of the only fold, or the mean over the folds."""
+    if len(points) == 1:
+        return asdict(next(iter(points.values())))
+    mean = float(np.mean([point.threshold for point in points.values()]))
+    return {
+        "threshold": mean,
+        "source": "mean over the folds",
+        "folds": {k: asdict(p) for k, p in points.items()},
+    }
+
+
+def _curves(histograms: Mapping[str, Histogram]) -> pd.DataFrame:
+    """Precision and recall of each channel by threshold; the same columns without any."""
+    tables = [histogram.curve().assign(channel=name) for name, histogram in histograms.items()]
+    columns = ["channel", "threshold", "precision", "recall", "f1"]
+    return pd.concat(tables)[columns] if tables else pd.DataFrame(columns=columns)
+
+
+def _write_json(path: Path, tree: object) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(tree, indent=1) + "\n")
+
+
+def _log(run: StageRun, evaluation: Evaluation, out: Path) -> None:
+    run.log_metrics(evaluation.metrics, step=0)
+    for name in ("metrics.json", "operating_point.json", "precision_recall.csv", "report.html"):
+        run.log_artifact(out / name, "evaluation")
+    for path in sorted((out / "partners").glob("*.parquet")):
+        run.log_artifact(path, "evaluation/partners")

@@ -1,0 +1,291 @@
+"""From the files a user has to prepared volumes: checked, pooled, and with the counts that sampling needs."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from synmlops.params import LabelKind, SynmlopsError, VolumeSet
+from synmlops.volumes.files import sha256_of
+from synmlops.volumes.labels import (
+    Intensities,
+    LabelSummary,
+    check_image,
+    check_label,
+    foreground_sums,
+    refuse_negative,
+    smallest_unsigned,
+)
+from synmlops.volumes.phantom import Phantom
+from synmlops.volumes.pooling import pool_image, pool_label, pool_mask, pooled_slabs
+from synmlops.volumes.prepared import BACKGROUND, POST, PRE, SIDE_UNKNOWN, UNTRUSTED, PreparedVolume
+from synmlops.volumes.store import Grid, Volume, hdf5_writer, open_volume, split_joined, write_hdf5
+from synmlops.volumes.table import read_table, write_table
+
+Nm = tuple[float, float, float]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One volume as the user has it: paths, as `open_volume` takes them."""
+
+    name: str
+    image: str
+    label: str | None = None
+    kind: LabelKind | None = None
+    neurons: str | None = None
+    mask: str | None = None
+    partners: str | None = None
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The paths that are given, by what they are."""
+        names = ("image", "label", "neurons", "mask", "partners")
+        return {name: path for name in names if (path := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A prepared volume and what was seen on the way."""
+
+    volume: PreparedVolume
+    intensities: Intensities  # of the image, after pooling
+    label: LabelSummary | None
+    notes: tuple[str, ...] = field(default=())
+
+
+def list_sources(volumes: VolumeSet, *, role: str) -> list[Source]:
+    """Turn the lists of one role into one source per volume.
+
+    Raises
+    ------
+    SynmlopsError
+        If the lists differ in length, or a label is given without its kind.
+
+    Examples
+    --------
+    >>> [s.label for s in list_sources(VolumeSet(image="a.h5@b.h5", label="c.h5@d.h5", label_kind="pairs"),
+    ...                                role="train")]
+    ['c.h5', 'd.h5']
+    """
+    images = split_joined(volumes.image)
+    if volumes.label is not None and volumes.label_kind is None:
+        raise SynmlopsError(
+            f"data.{role}.label_kind is missing; say pairs, semantic or union "
+            "(`synmlops inspect` shows what a label looks like)"
+        )
+    kinds: Sequence[LabelKind] = (
+        (volumes.label_kind,) if isinstance(volumes.label_kind, str) else volumes.label_kind or ()
+    )
+    lists = {
+        name: _one_each(split_joined(getattr(volumes, name)), len(images), f"data.{role}.{name}")
+        for name in ("label", "neurons", "mask", "partners")
+    }
+    each_kind = _one_each(
+        list(kinds) * (len(images) if len(kinds) == 1 else 1), len(images), f"data.{role}.label_kind"
+    )
+    stems = [Path(image.partition("::")[0]).stem for image in images]
+    return [
+        Source(
+            name=stem if stems.count(stem) == 1 else f"{stem}_{n + 1}",
+            image=images[n],
+            kind=each_kind[n],
+            **{name: values[n] for name, values in lists.items()},
+        )
+        for n, stem in enumerate(stems)
+    ]
+
+
+def write_phantom(phantom: Phantom, folder: Path, name: str) -> Source:
+    """Write FOLDER/NAME.h5 (image, label, neurons) and FOLDER/NAME.partners.parquet."""
+    path, partners = folder / f"{name}.h5", folder / f"{name}.partners.parquet"
+    arrays: dict[str, NDArray[Any]] = {"image": phantom.image, "label": phantom.labels, "neurons": phantom.neurons}
+    write_hdf5(path, arrays, grid=phantom.grid, attrs={"label_kind": "pairs"})
+    write_table(phantom.partners, partners)
+    return Source(
+        name=name,
+        image=f"{path}::image",
+        label=f"{path}::label",
+        kind="pairs",
+        neurons=f"{path}::neurons",
+        partners=str(partners),
+    )
+
+
+def prepare_volume(
+    source: Source, folder: Path, *, voxel_nm: Nm | None, pool_zyx: tuple[int, int, int]
+) -> Preparation:
+    """Check one volume and write FOLDER/NAME.h5 (see `synmlops.volumes.prepared`), slab by slab.
+
+    Parameters
+    ----------
+    source : Source
+    folder : Path
+    voxel_nm : tuple of float, optional
+        Voxel size before pooling; overrides what the image file says.
+    pool_zyx : tuple of int
+        Voxels of the source that make one prepared voxel.
+
+    Raises
+    ------
+    SynmlopsError
+        If a file cannot be read or is not what it should be, shapes differ, or the voxel size is unknown.
+    """
+    with ExitStack() as stack:
+        parts = {
+            name: stack.enter_context(open_volume(path))
+            for name, path in source.paths.items()
+            if name != "partners"
+        }
+        image, label, mask = parts["image"], parts.get("label"), parts.get("mask")
+        _check_shapes(parts, pool_zyx)
+        grid = _grid_of(image, voxel_nm).pooled(pool_zyx)
+        check_image(image)
+        if "neurons" in parts:
+            _check_neurons(parts["neurons"])
+        summary = check_label(label, source.kind) if label is not None and source.kind is not None else None
+        shape = tuple(n // p for n, p in zip(image.shape, pool_zyx, strict=True))
+        forms: dict[str, tuple[tuple[int, ...], Any]] = {"image": (shape, image.dtype)}
+        if summary is not None:
+            sum_type = np.int32 if summary.foreground <= np.iinfo(np.int32).max else np.int64
+            forms["label"] = (shape, smallest_unsigned(summary.largest_id))
+            forms["sides"] = (shape, np.uint8)
+            forms["foreground_sum"] = (tuple(n + 1 for n in shape), sum_type)
+        if "neurons" in parts:
+            forms["neurons"] = (shape, parts["neurons"].dtype)
+        path = folder / f"{source.name}.h5"
+        attrs = {"label_kind": source.kind or "none"}
+        with hdf5_writer(path, forms, grid=grid, attrs=attrs) as out:
+            intensities = _write_image(image, out["image"], pool_zyx)
+            if label is not None and summary is not None:
+                _write_label(label, mask, out, kind=summary.kind, pool_zyx=pool_zyx)
+            if "neurons" in parts:
+                for z, slab in pooled_slabs(parts["neurons"], pool_zyx, pool_label):
+                    out["neurons"][z : z + len(slab)] = slab
+    volume = PreparedVolume(
+        path=path,
+        shape_zyx=(shape[0], shape[1], shape[2]),
+        kind=source.kind,
+        grid=grid,
+        sources=source.paths,
+        sha256={name: digest_of(where) for name, where in source.paths.items()},
+        partners=_copy_partners(source, folder),
+    )
+    return Preparation(volume, intensities, summary, summary.problems if summary else ())
+
+
+def sides_of(label: NDArray[Any], kind: LabelKind, mask: NDArray[Any] | None = None) -> NDArray[np.uint8]:
+    """Code what a label says of each voxel.
+
+    Examples
+    --------
+    >>> label = np.array([[[0, 1, 2, 3]]])
+    >>> sides_of(label, "pairs").tolist(), sides_of(label, "union", np.array([[[1, 1, 0, 1]]])).tolist()
+    ([[[0, 1, 2, 1]]], [[[0, 3, 255, 3]]])
+    """
+    foreground = label != 0
+    if kind == "union":
+        sides = np.where(foreground, SIDE_UNKNOWN, BACKGROUND)
+    else:
+        is_pre = label % 2 == 1
+        sides = np.where(foreground, np.where(is_pre, PRE, POST), BACKGROUND)
+    if mask is not None:
+        sides = np.where(mask != 0, sides, UNTRUSTED)
+    return sides.astype(np.uint8)
+
+
+def digest_of(source: str) -> str:
+    """Give the SHA-256 of a source: of a file, or of the names and digests of a folder's files."""
+    path = Path(source.partition("::")[0])
+    if path.is_file():
+        return sha256_of(path)
+    names = sorted(file for file in path.iterdir() if file.is_file())
+    listing = "\n".join(f"{file.name} {sha256_of(file)}" for file in names)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _write_image(image: Volume, out: Any, pool_zyx: tuple[int, int, int]) -> Intensities:
+    counts = np.zeros(np.iinfo(image.dtype).max + 1, np.int64)
+    for z, slab in pooled_slabs(image, pool_zyx, pool_image):
+        out[z : z + len(slab)] = slab
+        counts += np.bincount(slab.ravel(), minlength=len(counts))
+    return Intensities(counts)
+
+
+def _write_label(
+    label: Volume,
+    mask: Volume | None,
+    out: dict[str, Any],
+    *,
+    kind: LabelKind,
+    pool_zyx: tuple[int, int, int],
+) -> None:
+    def trusted_foreground() -> Iterator[NDArray[np.bool_]]:
+        for z, slab in pooled_slabs(label, pool_zyx, pool_label):
+            span = slice(z * pool_zyx[0], (z + len(slab)) * pool_zyx[0])
+            sides = sides_of(slab, kind, None if mask is None else pool_mask(mask[span], pool_zyx))
+            out["label"][z : z + len(slab)] = slab
+            out["sides"][z : z + len(slab)] = sides
+            yield (sides != BACKGROUND) & (sides != UNTRUSTED)
+
+    row = 0
+    for sums in foreground_sums(trusted_foreground(), dtype=out["foreground_sum"].dtype):
+        out["foreground_sum"][row : row + len(sums)] = sums
+        row += len(sums)
+
+
+def _check_shapes(parts: dict[str, Volume], pool_zyx: tuple[int, int, int]) -> None:
+    image = parts["image"]
+    for name, part in parts.items():
+        if part.shape != image.shape:
+            raise SynmlopsError(
+                f"{part.name}: {name} has shape {part.shape} but the image {image.name} has {image.shape}; "
+                "both must cover the same voxels"
+            )
+    if any(n < p for n, p in zip(image.shape, pool_zyx, strict=True)):
+        raise SynmlopsError(f"{image.name}: shape {image.shape} is smaller than data.pool_zyx {pool_zyx}")
+
+
+def _check_neurons(neurons: Volume) -> None:
+    if neurons.dtype.kind not in "ui":
+        raise SynmlopsError(f"{neurons.name}: is {neurons.dtype}, neuron ids are whole numbers; convert it")
+    refuse_negative(neurons)
+
+
+def _grid_of(image: Volume, voxel_nm: Nm | None) -> Grid:
+    if voxel_nm is not None:
+        return Grid(voxel_nm, image.grid.offset_nm if image.grid else (0.0, 0.0, 0.0))
+    if image.grid is None:
+        raise SynmlopsError(
+            f"{image.name}: does not say its voxel size; set data.voxel_nm to [z, y, x] in nm, "
+            "or the HDF5 attribute `resolution`"
+        )
+    return image.grid
+
+
+def _copy_partners(source: Source, folder: Path) -> Path | None:
+    if source.partners is None:
+        return None
+    try:
+        table = read_table(Path(source.partners))
+    except (OSError, ValueError) as error:
+        raise SynmlopsError(
+            f"{source.partners}: not a readable partner table ({error}); make it again"
+        ) from error
+    path = folder / f"{source.name}.partners.parquet"
+    write_table(table, path)
+    return path
+
+
+def _one_each(values: Sequence[T], n: int, key: str) -> list[T | None]:
+    if not values:
+        return [None] * n
+    if len(values) != n:
+        raise SynmlopsError(f"{key}: {len(values)} given for {n} images; give one for each")
+    return list(values)
