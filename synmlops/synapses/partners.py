@@ -6,12 +6,11 @@ All work is on the voxels of the instances, sorted and counted; nothing walks th
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cc3d
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from synmlops.synapses.instances import SCALE, Instances, Probabilities, sites_of
+from synmlops.synapses.instances import SCALE, Instances, Probabilities, components_of, sites_of
 from synmlops.volumes.table import COLUMNS, empty_table
 
 Indices = NDArray[np.intp]
@@ -193,8 +192,7 @@ def _parts(
     """Give neuron ids with 0 first, and of each voxel its neuron's place there, or its component."""
     if neurons is None:
         # labels differ between sides and sites, so that each component lies in one side of one site
-        component = cc3d.connected_components(instances, connectivity=26) if flat.size else instances
-        return np.zeros(1, np.uint64), component.reshape(-1)[flat].astype(np.int64)
+        return np.zeros(1, np.uint64), components_of(instances).reshape(-1)[flat].astype(np.int64)
     under = np.concatenate((np.zeros(1, np.uint64), neurons.reshape(-1)[flat].astype(np.uint64)))
     neuron_ids, part = np.unique(under, return_inverse=True)
     return neuron_ids, part[1:].astype(np.int64)
@@ -239,7 +237,7 @@ def _pair_up(
     post, row = post.where(paired), row[paired]
     kept = np.ones(len(row), bool)
     if by_neuron:
-        kept = _unless_last(kept, (post.part == pre.part[row]) & (post.part != 0), post.site)
+        kept = _unless_last(kept, post.part == pre.part[row], post.site)
         kept = _unless_last(kept, post.part == 0, post.site)
     largest = np.zeros(len(row), bool)
     largest[_first_of_site(post, np.where(kept, -post.voxels, 0))] = True
