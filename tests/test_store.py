@@ -255,7 +255,7 @@ def _bad_files(path: Path) -> dict[str, tuple[str, str]]:
         "folder without sections": ("hollow", "holds no TIFF or PNG section"),
         "sections that differ": ("ragged", r"1.png: is \(20, 50\) uint8, but 0.png is \(40, 50\) uint8"),
         "both kinds of sections": ("mixed", "holds both TIFF and PNG"),
-        "truncated PNG": ("cutpng", "0.png: is truncated or damaged"),
+        "truncated PNG": ("cutpng", "0.png: is truncated"),
         "truncated section TIFF": ("cuttif", "0.tif: is truncated"),
         "colour PNG": ("rgb", "is a colour image"),
     }
@@ -268,6 +268,20 @@ def test_each_bad_file_is_one_message(tmp_path: Path, capfd: pytest.CaptureFixtu
                 volume.read()
         assert "\n" not in message, name
     assert capfd.readouterr().err == ""  # libraries add no lines of their own
+
+
+def test_a_png_that_ends_anywhere_is_refused(tmp_path: Path) -> None:
+    """Decoders fill a missing end with zeros, which in a label would be background."""
+    label = np.zeros((64, 64), bool)
+    label[3:5, 3:9] = True
+    path = tmp_path / "0.png"
+    Image.fromarray(label).save(path)
+    whole = path.read_bytes()
+    for length in range(1, len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(SynmlopsError, match=r"0\.png: is truncated"):  # noqa: SIM117
+            with open_volume(tmp_path) as volume:
+                volume.read()
 
 
 def test_voxels_that_end_early_are_named(tmp_path: Path) -> None:

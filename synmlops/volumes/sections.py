@@ -161,6 +161,7 @@ def read_section(path: Path) -> NDArray[Any]:
             with tifffile.TiffFile(path) as tiff:
                 page = _tiff_page(path, _only_section(path, tiff), 0)
         else:
+            _refuse_cut_png(path)
             with _pillow(path) as image:
                 _refuse_colour(path, image)
                 page = np.asarray(image)
@@ -225,6 +226,20 @@ def _refuse_truncated(path: Path, tiff: tifffile.TiffFile) -> None:
         ends = [at + n for at, n in zip(page.dataoffsets, page.databytecounts, strict=False)]
         if max(ends, default=0) > size:
             raise SynmlopsError(f"{path}: is truncated in page {number + 1}; copy or download it again")
+
+
+def _refuse_cut_png(path: Path) -> None:
+    """Walk the chunks to the last: the decoder is content with pixels that end early if they are zero."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        at, kind = 8, b""  # behind the signature
+        while kind != b"IEND" and at < size:
+            file.seek(at)
+            header = file.read(8)
+            at += 12 + int.from_bytes(header[:4])
+            kind = header[4:]
+    if kind != b"IEND" or at > size:
+        raise SynmlopsError(f"{path}: is truncated; copy or download it again")
 
 
 def _tiff_page(path: Path, series: Any, z: int) -> NDArray[Any]:
