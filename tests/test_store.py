@@ -271,7 +271,7 @@ def test_each_bad_file_is_one_message(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 
 def test_a_png_that_ends_anywhere_is_refused(tmp_path: Path) -> None:
-    """Decoders fill a missing end with zeros, which in a label would be background."""
+    """Also where only the checksum is cut off, which the decoder lets pass."""
     label = np.zeros((64, 64), bool)
     label[3:5, 3:9] = True
     path = tmp_path / "0.png"

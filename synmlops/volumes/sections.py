@@ -229,7 +229,7 @@ def _refuse_truncated(path: Path, tiff: tifffile.TiffFile) -> None:
 
 
 def _refuse_cut_png(path: Path) -> None:
-    """Walk the chunks to the last: the decoder is content with pixels that end early if they are zero."""
+    """Walk the chunks to the last: the decoder takes a file without its end, checksum unread."""
     size = path.stat().st_size
     with path.open("rb") as file:
         at, kind = 8, b""  # behind the signature
