@@ -53,7 +53,7 @@ def make_phantom(
     seed: int,
     synapses_per_um3: float = 2.0,
     polyadic: float = 0.6,
-    lookalikes: float = 1.5,
+    lookalikes: float = 2.0,
     noise: float = 1.0,
     jitter: float = 1.0,
     offset_nm: tuple[float, float, float] = (0.0, 0.0, 0.0),

@@ -151,8 +151,7 @@ def _draw_density(
     strength = rng.uniform(0.78, 0.95)
     if site.kind in ("synapse", "bare"):
         dark = strength * (post * _fade(depth, 26.0, 48.0) + 0.65 * pre * _fade(depth, 8.0, 22.0))
-        if site.kind == "synapse" or rng.random() < 0.6:
-            dark = np.maximum(dark, strength * pre * _pedestal(site, voxel_nm))
+        dark = np.maximum(dark, strength * pre * _pedestal(site, voxel_nm))
     elif site.kind == "junction":
         dark = strength * (pre | post) * _fade(depth, 14.0, 36.0)
     elif site.kind == "blob":

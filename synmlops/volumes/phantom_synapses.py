@@ -20,7 +20,7 @@ from synmlops.volumes.table import COLUMNS, empty_table
 
 Kind = Literal["synapse", "bare", "junction", "cloud", "blob"]
 
-LOOKALIKES: dict[Kind, float] = {"bare": 0.4, "cloud": 0.3, "junction": 0.15, "blob": 0.15}
+LOOKALIKES: dict[Kind, float] = {"bare": 0.5, "cloud": 0.25, "junction": 0.15, "blob": 0.1}
 """Shares: density without vesicles, vesicles without density, both sides dark, a dark spot."""
 
 RADIUS_NM = (135.0, 215.0)  # of a site's ball, so that a synapse is some 270 to 430 nm across
@@ -33,6 +33,7 @@ LEAST_POST_NM3 = 2.5e5  # a smaller post is no partner
 LEAST_ROOM = (
     0.2  # of a ball of 1.3 radii lies in the pre neuron, clear of its membrane, and can hold vesicles
 )
+LEAST_FACING_NM = 70.0  # between the middles of the sides: less where one wraps around the other
 GREATEST_TILT = 0.72
 PARTNER_CHANCES = {2: 0.5, 3: 0.3, 4: 0.2}  # of a polyadic site
 TRIES = 6000
@@ -176,6 +177,8 @@ def _try_site(
     if min(end.shape[1] for end in ends) == 0:
         return None
     towards = ends[0].mean(1) - ends[1].mean(1)
+    if np.linalg.norm(towards) < LEAST_FACING_NM:
+        return None
     site = Site(
         kind=kind, centre_zyx=centre, radius_nm=radius, inward=towards / np.linalg.norm(towards),
         pre=pre, posts=posts, box=box, side=side.astype(np.uint8), depth_nm=depth,
