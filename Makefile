@@ -22,11 +22,15 @@ check: install
 
 install: $(VENV)/installed
 
-# pip, not a faster installer: it finds a torch that is already on the machine, whatever its build
-$(VENV)/installed: pyproject.toml constraints.txt
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+# A torch that is there already is kept, whatever its build: in .venv, or in the Python that makes it. Otherwise
+# pip takes the pinned one, from a local wheel folder if pip knows one, else from the package index.
+PIN := constraints.txt
+$(VENV)/installed: pyproject.toml $(PIN)
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) \
+	  $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages)
+	@if $(VENV)/bin/python -c 'import torch' 2>/dev/null; then grep -v '^torch==' $(PIN) > $(VENV)/pin.txt; \
+	  else cp $(PIN) $(VENV)/pin.txt; fi
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c $(VENV)/pin.txt -e '.[dev]'
 	@touch $@
 
 clean:

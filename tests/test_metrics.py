@@ -16,16 +16,14 @@ from synmlops.synapses import matching
 from synmlops.synapses.instances import sites_of
 from synmlops.synapses.matching import match_overlaps, match_partners, match_points, overlaps_of
 from synmlops.synapses.metrics import (
-    Counts,
     Direction,
-    Histogram,
     InstanceScores,
     centroids_of,
-    histogram_of,
     score_instances,
     score_partners,
 )
 from synmlops.synapses.partners import neurons_under, partners_of
+from synmlops.synapses.voxels import Counts, Histogram, histogram_of
 from synmlops.volumes.table import empty_table
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"

@@ -13,7 +13,6 @@ from synmlops.layout import RUN_FILE, probabilities_file
 from synmlops.params import CHANNELS, EvaluateParams, Params, SynmlopsError, flatten, sections
 from synmlops.progress import track
 from synmlops.synapses.instances import Instances
-from synmlops.synapses.metrics import Histogram
 from synmlops.synapses.partners import partners_of
 from synmlops.synapses.scores import (
     Scores,
@@ -21,8 +20,8 @@ from synmlops.synapses.scores import (
     decode,
     score_region,
     true_instances,
-    voxel_histograms,
 )
+from synmlops.synapses.voxels import Histogram, voxel_histograms
 from synmlops.tracking.record import RunRecord
 from synmlops.tracking.report import RegionView, ReportContent, write_report
 from synmlops.tracking.runs import StageRun

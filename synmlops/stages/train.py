@@ -18,8 +18,7 @@ from synmlops.learning.predict import predict
 from synmlops.learning.sampling import TrainRegion
 from synmlops.params import CHANNELS, Params, SynmlopsError, sections
 from synmlops.progress import Report, track
-from synmlops.synapses.metrics import Histogram
-from synmlops.synapses.scores import add_by_key, voxel_histograms
+from synmlops.synapses.voxels import Histogram, add_by_key, voxel_histograms
 from synmlops.tracking.lineage import project_root
 from synmlops.tracking.runs import RunRecord, StageRun
 from synmlops.volumes.files import atomic_path

@@ -1,54 +1,17 @@
 """All scores of a predicted region against its truth, and their sum over regions and folds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from synmlops.params import EvaluateParams, LabelKind
-from synmlops.synapses.instances import Instances, Probabilities, decode_pairs, decode_union
-from synmlops.synapses.metrics import (
-    Counts,
-    Histogram,
-    InstanceScores,
-    histogram_of,
-    score_instances,
-    score_partners,
-)
-from synmlops.volumes.prepared import BACKGROUND, POST, PRE, UNTRUSTED
-
-T = TypeVar("T", Counts, Histogram)
-
-
-def voxel_histograms(
-    probabilities_czyx: Probabilities,
-    sides_zyx: NDArray[np.uint8],
-    *,
-    names: Sequence[str],
-    known: Sequence[str],
-) -> dict[str, Histogram]:
-    """Count voxels by probability and truth, for each channel that is both predicted and known.
-
-    Parameters
-    ----------
-    probabilities_czyx : (C, Z, Y, X) array of uint8
-        One plane per name in `names`.
-    sides_zyx : (Z, Y, X) array of uint8
-        Codes of `synmlops.volumes.prepared`; untrusted voxels do not count.
-    names, known : sequence of str
-        Channels of the probabilities, and those that the label knows.
-    """
-    trusted = sides_zyx != UNTRUSTED
-    truth = {"pre": sides_zyx == PRE, "post": sides_zyx == POST, "union": (sides_zyx != BACKGROUND) & trusted}
-    mask = None if trusted.all() else trusted
-    return {
-        name: histogram_of(plane, truth[name], mask_zyx=mask)
-        for name, plane in zip(names, probabilities_czyx, strict=True)
-        if name in known
-    }
+from synmlops.synapses.instances import Instances, Probabilities, decode_pairs, decode_union, sites_of
+from synmlops.synapses.metrics import InstanceScores, score_instances, score_partners
+from synmlops.synapses.voxels import Counts, Histogram, add_by_key
+from synmlops.volumes.prepared import POST, PRE
 
 
 def decode(probabilities_czyx: Probabilities, *, threshold: float, params: EvaluateParams) -> Instances:
@@ -83,7 +46,7 @@ def true_instances(label_zyx: NDArray[np.unsignedinteger], kind: LabelKind, *, s
     array([[[1, 1, 0, 0, 1, 1]]], dtype=uint8)
     """
     if kind == "pairs":
-        return label_zyx if sides else label_zyx // 2 + label_zyx % 2
+        return label_zyx if sides else sites_of(label_zyx)
     if kind == "semantic" and sides:
         planes = np.stack([label_zyx == PRE, label_zyx == POST, label_zyx != 0]).astype(np.uint8) * 255
         return decode_pairs(planes, threshold=0.5, side_threshold=0.5, min_voxels=1)
@@ -96,7 +59,7 @@ class Scores:
 
     histograms: dict[str, Histogram] = field(default_factory=dict)  # by channel
     voxels: dict[str, Counts] = field(default_factory=dict)  # by channel, at the operating point
-    instances: InstanceScores = field(default_factory=InstanceScores)
+    instances: InstanceScores = InstanceScores()
     partners: Counts | None = None  # None where no label knows the sides
     partners_with_neurons: Counts | None = None  # None where there is no segmentation
 
@@ -180,14 +143,6 @@ def score_region(
         )
     voxels = {name: histogram.at(threshold) for name, histogram in histograms.items()}
     return Scores(dict(histograms), voxels, instances, partners, with_neurons)
-
-
-def add_by_key(one: Mapping[str, T], other: Mapping[str, T]) -> dict[str, T]:
-    """Add two mappings key by key; a key that one lacks is taken from the other."""
-    both = dict(one)
-    for name, value in other.items():
-        both[name] = both[name] + value if name in both else value
-    return both
 
 
 def _partner_counts(tables: Tables, *, with_neurons: bool, params: EvaluateParams) -> Counts:
