@@ -113,6 +113,25 @@ def test_a_failing_folder_leaves_the_earlier_one(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_failing_swap_brings_the_earlier_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, plain = tmp_path / "out", Path.replace
+    target.mkdir()
+    (target / "old.txt").write_text("")
+
+    def refuse(self: Path, to: Path) -> Path:
+        if to == target and ".partial" in self.name:
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return plain(self, to)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(SynmlopsError, match="disk reports an error"), atomic_folder(target):
+        pass
+    assert [p.name for p in target.iterdir()] == ["old.txt"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_a_file_where_a_folder_is_to_be_written_stays(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.write_text("mine")

@@ -67,8 +67,9 @@ _CELLS = np.arange(1, 10).repeat(8).reshape(1, 9, 8).repeat(3, 0).astype(np.uint
         (_as(2 - _pairs() % 2), "looks like semantic: 48 voxels pre, 48"),
         (_CELLS, "looks like a segmentation"),
         (_as(_pairs() // 2 * 3 + 1), "looks like instances"),
+        (_as((_pairs() * 5) % 7), "looks like instances"),  # ids 1 to 6, but 2n-1 not beside 2n
     ],
-    ids=["pairs", "union", "semantic", "segmentation", "instances"],
+    ids=["pairs", "union", "semantic", "segmentation", "ids with gaps", "ids in another order"],
 )
 def test_a_label_is_guessed_and_called_a_guess(tmp_path: Path, label: NDArray[Any], words: str) -> None:
     report = _report(tmp_path, label)

@@ -168,8 +168,8 @@ def test_a_box_outside_is_a_mistake(start: tuple[int, int, int]) -> None:
 def test_pooling() -> None:
     image = np.array([[[250, 255, 1, 2, 9], [251, 255, 2, 2, 9]]], np.uint8)
     assert pool_image(image, (1, 2, 2)).tolist() == [[[253, 2]]]
-    label = np.array([[[3, 0, 4, 4, 9, 0], [5, 5, 3, 3, 0, 0]]], np.uint64) << np.uint64(40)
-    assert (pool_label(label, (1, 2, 2)) >> np.uint64(40)).tolist() == [[[5, 4, 9]]]
+    label = np.array([[[3, 0, 4, 4, 9, 0, 0, 6], [5, 5, 3, 3, 0, 0, 7, 0]]], np.uint64) << np.uint64(40)
+    assert (pool_label(label, (1, 2, 2)) >> np.uint64(40)).tolist() == [[[5, 4, 9, 7]]]
     assert pool_label(label, (1, 1, 1)) is label
     assert pool_mask(np.array([[[1, 1, 1, 0]]]), (1, 1, 2)).tolist() == [[[1, 0]]]
 

@@ -207,6 +207,12 @@ def _bad_files(path: Path) -> dict[str, tuple[str, str]]:
     tif = (path / "whole.tif").read_bytes()
     (path / "cut.tif").write_bytes(tif[: len(tif) // 2])
     (path / "stub.tif").write_bytes(tif[:3])
+    with tifffile.TiffWriter(path / "pages.tif") as writer:
+        for section in image:
+            writer.write(section, contiguous=False, metadata=None)
+    with tifffile.TiffFile(path / "pages.tif") as tiff:
+        third = tiff.pages[2].offset  # pages follow each other: the first two are whole
+    (path / "fewer.tif").write_bytes((path / "pages.tif").read_bytes()[:third])
     tifffile.imwrite(path / "zipped.tif", image, photometric="minisblack", compression="zlib")
     (path / "cutzip.tif").write_bytes((path / "zipped.tif").read_bytes()[:-900])
     tifffile.imwrite(path / "colour.tif", np.zeros((40, 50, 3), np.uint8))
@@ -246,6 +252,7 @@ def _bad_files(path: Path) -> dict[str, tuple[str, str]]:
         "a size of zero": ("res0.h5", "must be positive"),
         "a size in words": ("restext.h5", "must be three numbers"),
         "truncated TIFF": ("cut.tif", "cut.tif: is truncated"),
+        "TIFF cut between pages": ("fewer.tif", "fewer.tif: is truncated after 2 pages"),
         "cut in the TIFF header": ("stub.tif", "stub.tif: is truncated or damaged"),
         "truncated compressed TIFF": ("cutzip.tif", "is truncated in page 4"),
         "colour": ("colour.tif", "is a colour image"),

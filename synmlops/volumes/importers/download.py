@@ -48,7 +48,7 @@ class _Partial:
         """Take up an earlier attempt at the same URL, or forget it."""
         try:
             notes = json.loads(self._notes.read_text())
-            same = notes["url"] == self.url and notes["version"] is not None
+            same = notes["url"] == self.url
         except (OSError, ValueError, KeyError, TypeError):
             same = False
         if same and self.path.exists():
