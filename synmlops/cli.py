@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from synmlops.layout import EVALUATED, MODELS, PREDICTED, PREPARED
+from synmlops.layout import EVALUATED, MODELS, PREDICTED, PREPARED, RUN_FILE, WHOLE, model_file
 from synmlops.params import SynmlopsError, load_params
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ def plain_errors() -> Iterator[None]:
             raise SystemExit(2) from None
         hint = ""
         if "DVC_STAGE" in os.environ:
-            hint = "\nDVC removed this stage's earlier outputs before it ran; `dvc checkout` brings them back."
+            hint = "\nDVC removed this stage's outputs before it ran; `dvc checkout` brings them back."
         print(f"synmlops: {error}{hint}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
@@ -171,6 +171,48 @@ def scores(
 
 
 @app.command()
+def register(
+    params: ParamsFile = Path("params.yaml"),
+    models: ModelsFolder = MODELS,
+    evaluated: Annotated[Path, typer.Option("--evaluated", help="What evaluate wrote.")] = EVALUATED,
+    name: Annotated[str, typer.Option(help="Name in the registry.")] = "synmlops",
+    alias: Annotated[str, typer.Option(help="Alias to set: champion, challenger ...")] = "champion",
+    fold: Annotated[str, typer.Option(help="Of a cross-validation: whose model.")] = WHOLE,
+) -> None:
+    """Put the trained model and its operating point in the MLflow registry."""
+    from synmlops.serving import registry
+    from synmlops.tracking.record import RunRecord
+
+    version = registry.register(
+        models / model_file(fold),
+        record=RunRecord.read(models / RUN_FILE),
+        infer=load_params(params).infer,
+        operating_point=evaluated / "operating_point.json",
+        metrics=evaluated / "metrics.json",
+        name=name,
+        alias=alias,
+    )
+    for note in version.notes:
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(f"{version.name} version {version.version} is {version.uri}")
+    typer.echo(f"serve it: mlflow models serve -m {version.uri} --env-manager local")
+
+
+@app.command()
+def sync() -> None:
+    """Send what earlier stages logged while the MLflow server was away."""
+    from synmlops.tracking.lineage import project_root
+    from synmlops.tracking.runs import sync as send
+
+    outcome = send(project_root())
+    for note in outcome.notes:
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(f"{outcome.sent} metric file(s) wholly sent, {outcome.left} with something left")
+    if outcome.left:
+        raise typer.Exit(1)
+
+
+@app.command()
 def inspect(
     files: Annotated[list[str], typer.Argument(help="Volumes: HDF5, TIFF, folder of sections.")],
 ) -> None:
@@ -182,7 +224,6 @@ def inspect(
     reports = inspect_volumes(files)
     console = Console()
     for report in reports:
-        console.print(f"[bold]{report.source}[/bold]", highlight=False)
         console.print(render(report))
     if not all(report.readable for report in reports):
         raise typer.Exit(2)
@@ -218,7 +259,17 @@ def vnc(
     """Turn the public Drosophila VNC dataset into HDF5 volumes with union labels."""
     from synmlops.volumes.importers.vnc import import_vnc
 
-    typer.echo(str(import_vnc(source, dest, sha256=sha256)))
+    summary = import_vnc(source, dest, sha256=sha256)
+    if summary.sha256 is not None:
+        typer.echo(f"archive {summary.archive}: sha256 {summary.sha256}")
+    for stack in summary.stacks:
+        typer.echo(f"{stack.image}: {' x '.join(map(str, stack.shape_zyx))} voxels of 50 x 4.6 x 4.6 nm")
+        if stack.label is not None:
+            bands = ", ".join(map(str, stack.per_band))
+            typer.echo(
+                f"{stack.label}: {stack.synapses} synapses, {stack.foreground_share:.2%} of the voxels; "
+                f"{bands} in bands of y"
+            )
 
 
 def score_table(folder: Path) -> str:

@@ -249,7 +249,6 @@ def _write_region(one: _Scored, probabilities: Probabilities, folder: Path) -> N
     name = one.view.name
     attrs = {"label_kind": "pairs" if one.view.sides else "union"}
     (folder / "instances").mkdir(exist_ok=True)
-    (folder / "partners").mkdir(exist_ok=True)
     write_hdf5(
         folder / "instances" / f"{name}.h5",
         {"main": one.view.predicted},
@@ -258,6 +257,7 @@ def _write_region(one: _Scored, probabilities: Probabilities, folder: Path) -> N
         compression="gzip",
     )
     if one.partners is not None:
+        (folder / "partners").mkdir(exist_ok=True)
         write_table(one.partners, folder / "partners" / f"{name}.parquet")
 
 
