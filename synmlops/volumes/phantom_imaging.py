@@ -19,6 +19,7 @@ _Floats = NDArray[np.float32]
 LIGHT, DARK = 198.0, 48.0  # grey levels of darkness 0 and 1
 MEMBRANE_NM = 9.5  # standard deviation of the dark line of two membranes and their cleft
 VESICLE_NM = (17.0, 5.0)  # radius of the dark ring and its standard deviation
+BARE_PEDESTALS = 0.5  # share of the densities without vesicles that have a pedestal all the same
 NOISE_GREY = 11.0
 GAIN, SHADE_GREY = 0.05, 6.0  # standard deviations of the contrast and brightness of a section
 
@@ -38,7 +39,7 @@ def darkness(
     clouds = [
         site_vesicles(rng, tissue, s, voxel_nm=voxel_nm) for s in sites if s.kind in ("synapse", "cloud")
     ]
-    strength = 0.85
+    strength = 0.95
     radius, spread = VESICLE_NM
 
     def ring(distance: _Floats) -> _Floats:
@@ -151,7 +152,8 @@ def _draw_density(
     strength = rng.uniform(0.78, 0.95)
     if site.kind in ("synapse", "bare"):
         dark = strength * (post * _fade(depth, 26.0, 48.0) + 0.65 * pre * _fade(depth, 8.0, 22.0))
-        dark = np.maximum(dark, strength * pre * _pedestal(site, voxel_nm))
+        if site.kind == "synapse" or rng.random() < BARE_PEDESTALS:
+            dark = np.maximum(dark, strength * pre * _pedestal(site, voxel_nm))
     elif site.kind == "junction":
         dark = strength * (pre | post) * _fade(depth, 14.0, 36.0)
     elif site.kind == "blob":

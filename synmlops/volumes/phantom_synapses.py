@@ -27,9 +27,9 @@ RADIUS_NM = (135.0, 215.0)  # of a site's ball, so that a synapse is some 270 to
 PRE_NM = 72.0  # depth of the pre label, from the membrane
 POST_NM = 80.0
 GAP_NM = 130.0  # least distance between the balls of two sites
-FAIR_SHARE = 0.13  # of the contact: a neuron with more is a post ...
-SLIVERS = 0.07  # ... and all others together must have less
-LEAST_POST_NM3 = 2.5e5  # a smaller post is no partner
+FAIR_SHARE = 0.17  # of the contact: a neuron with more is a post ...
+SLIVERS = 0.05  # ... and all others together must have less
+LEAST_POST_NM3 = 6e5  # a smaller post is no partner
 LEAST_ROOM = (
     0.2  # of a ball of 1.3 radii lies in the pre neuron, clear of its membrane, and can hold vesicles
 )
