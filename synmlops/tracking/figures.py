@@ -41,8 +41,8 @@ def training_curves(curves: pd.DataFrame) -> Figure | None:
     Returns
     -------
     figure : Figure or None
-        One panel for the loss and its terms, one for the validation score, whichever there are; None if
-        there is nothing to plot.
+        A panel for the loss and, with one fold, its terms; another for the validation score. None if there
+        is nothing to plot.
 
     Examples
     --------
@@ -160,13 +160,14 @@ def _by_fold(curves: pd.DataFrame, name: str) -> list[tuple[str, Floats, Floats]
 
 
 def _plot_losses(axes: Axes, curves: pd.DataFrame) -> None:
-    for name, colour in _LOSS_COLOURS.items():
-        if not _has(curves, name):
-            continue
+    names = [name for name in _LOSS_COLOURS if _has(curves, name)]
+    several_folds = len(_by_fold(curves, names[0])) > 1
+    for name in names[:1] if several_folds else names:
+        colour = _LOSS_COLOURS[name]
         for place, (fold, step, value) in enumerate(_by_fold(curves, name)):
             label = f"{name}, fold {fold}" if fold else name
             mean_step, mean = _averaged(step, value, points=60)
-            if len(step) > len(mean):
+            if len(step) > len(mean) and not several_folds:
                 axes.plot(
                     *_averaged(step, value, points=_MOST_POINTS), color=colour, alpha=0.25, linewidth=0.7
                 )

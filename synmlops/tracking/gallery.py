@@ -19,11 +19,12 @@ from synmlops.tracking.mistakes import (
 )
 from synmlops.tracking.overlays import Box, View, draw
 
-_MOST_SECTIONS = 12  # in all, and of one region at most ...
+_MOST_SECTIONS = 10  # in all, and of one region at most ...
 _MOST_OF_REGION = 4
 _MOST_CASES = 12  # of each kind
-_SECTION_VOXELS = 1280  # along a side; of a larger section a window is shown
+_SECTION_VOXELS = 640  # along a side; of a larger section a window is shown
 _CASE_NM = 1000.0
+_ARROW_NM = 200.0  # a partner is drawn in sections no further than this from its points
 _SECTION_CSS, _CASE_CSS = 560, 212
 
 
@@ -74,7 +75,7 @@ class RegionSections:
     """The sections of one region."""
 
     name: str
-    fold: str
+    fold: str  # empty if all regions are of one
     shape: tuple[int, ...]
     size_nm: str  # of a voxel, z y x
     sides: bool
@@ -127,9 +128,10 @@ def gallery_of(regions: Sequence[RegionView], *, iou: float) -> Gallery:
     """
     scenes = [_Scene.of(region) for region in regions]
     shown = scenes[:_MOST_SECTIONS]
+    several_folds = len({region.fold for region in regions}) > 1
     per_region = min(_MOST_OF_REGION, _MOST_SECTIONS // max(len(shown), 1))
     return Gallery(
-        regions=tuple(_sections_of(scene, most=per_region) for scene in shown),
+        regions=tuple(_sections_of(scene, most=per_region, with_fold=several_folds) for scene in shown),
         cases=_case_groups(scenes, iou=iou),
         n_not_shown=len(scenes) - len(shown),
     )
@@ -154,7 +156,7 @@ class _Scene:
         true = None if region.true is None else SiteVoxels.of(region.true, sides=region.sides)
         return cls(region, SiteVoxels.of(region.predicted, sides=region.sides), true)
 
-    def view(self, z: int, box: Box, *, css_width: int) -> View:
+    def view(self, z: int, box: Box, *, css_width: int, framed: Box | None = None) -> View:
         region = self.region
         return draw(
             np.asarray(region.image[z][box]),
@@ -162,19 +164,20 @@ class _Scene:
             voxel_nm=region.voxel_nm[1:],
             predicted=_marks(region.predicted[z][box], sides=region.sides),
             true={} if region.true is None else _marks(region.true[z][box], sides=region.sides),
-            predicted_partners=_partners_in(region.predicted_partners, z, box),
-            true_partners=_partners_in(region.true_partners, z, box),
+            predicted_partners=_partners_in(region.predicted_partners, z, box, z_nm=region.voxel_nm[0]),
+            true_partners=_partners_in(region.true_partners, z, box, z_nm=region.voxel_nm[0]),
             css_width=css_width,
+            framed=framed,
         )
 
 
-def _sections_of(scene: _Scene, *, most: int) -> RegionSections:
+def _sections_of(scene: _Scene, *, most: int, with_fold: bool) -> RegionSections:
     region = scene.region
     volumes = [scene.predicted] if scene.true is None else [scene.predicted, scene.true]
     chosen = telling_sections(volumes, most=most) or [region.image.shape[0] // 2]
     return RegionSections(
         name=region.name,
-        fold=region.fold,
+        fold=f"fold {region.fold}" if with_fold else "",
         shape=region.image.shape,
         size_nm=" x ".join(f"{nm:g}" for nm in region.voxel_nm),
         sides=region.sides,
@@ -225,16 +228,16 @@ def _case(mistake: Mistake, scene: _Scene) -> Case:
     region = scene.region
     voxels = scene.true if mistake.kind != "false" else scene.predicted
     assert voxels is not None, "a region without truth has no mistakes"
-    z, y, x = voxels.centre_of(mistake.site)
+    (z, y, x), framed = voxels.centre_of(mistake.site)
     size = tuple(max(round(_CASE_NM / nm), 1) for nm in region.voxel_nm[1:])
     box = window_round((y, x), size_yx=(size[0], size[1]), shape_yx=region.image.shape[1:])
     nm = [o + i * v for o, i, v in zip(region.offset_nm, (z, y, x), region.voxel_nm, strict=True)]
     return Case(
         mistake=mistake,
-        view=scene.view(z, box, css_width=_CASE_CSS),
+        view=scene.view(z, box, css_width=_CASE_CSS, framed=framed),
         region=region.name,
         zyx=(z, y, x),
-        nm=" ".join(f"{value:.0f}" for value in nm),
+        nm=", ".join(f"{value:.0f}" for value in nm),
     )
 
 
@@ -249,11 +252,14 @@ def _n_sites(instances_yx: Instances, *, sides: bool) -> int:
     return len(np.unique((ids >> 1) + (ids & 1))) if sides else len(ids)
 
 
-def _partners_in(table: pd.DataFrame | None, z: int, box: Box) -> pd.DataFrame | None:
-    """Give the partners whose voxels reach into a section and whose two points lie in the window."""
+def _partners_in(table: pd.DataFrame | None, z: int, box: Box, *, z_nm: float) -> pd.DataFrame | None:
+    """Give the partners of a section: voxels in it, its points near it in z and within the window."""
     if table is None:
         return None
+    near = _ARROW_NM / z_nm
+    points = table[["pre_z", "post_z"]]
     inside = (table["z0"] <= z) & (table["z1"] > z)
+    inside &= (points.min(axis=1) - near <= z) & (points.max(axis=1) + near >= z)
     for side in ("pre", "post"):
         for axis, part in zip("yx", box, strict=True):
             inside &= table[f"{side}_{axis}"].between(part.start, part.stop - 1)

@@ -110,20 +110,21 @@ class SiteVoxels:
         flat = self.flat[self.starts[place] : self.starts[place + 1]]
         return np.stack(np.unravel_index(flat, self.shape), axis=1)
 
-    def centre_of(self, site: int) -> tuple[int, int, int]:
-        """Give the voxel of a site that is central in the section where most of the site lies.
+    def centre_of(self, site: int) -> tuple[tuple[int, int, int], tuple[slice, slice]]:
+        """Give the section where most of a site lies: a central voxel of it there, and its box in y and x.
 
         Examples
         --------
         >>> SiteVoxels.of(np.array([[[0, 1, 1, 2]], [[0, 1, 0, 0]]], np.uint8), sides=True).centre_of(1)
-        (0, 0, 2)
+        ((0, 0, 2), (slice(0, 1, None), slice(1, 4, None)))
         """
         voxels = self.voxels_of(site)
         z = int(np.bincount(voxels[:, 0]).argmax())
         section = voxels[voxels[:, 0] == z, 1:]
         off = np.abs(section - section.mean(axis=0)).sum(axis=1)
         y, x = section[off.argmin()].tolist()
-        return z, y, x
+        (y0, x0), (y1, x1) = section.min(axis=0).tolist(), section.max(axis=0).tolist()
+        return (z, y, x), (slice(y0, y1 + 1), slice(x0, x1 + 1))
 
     def by_section(self) -> Iterator[tuple[int, int]]:
         """Give section and site, once each."""

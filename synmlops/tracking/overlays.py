@@ -14,9 +14,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-_JPEG_QUALITY = 80
-_MOST_PIXELS = 640  # along a side of a JPEG; a larger window is averaged down
+_JPEG_QUALITY = 75
 _HEAD_PX = 7.0  # length of an arrow's head, in CSS pixels
+_FRAME_PX = 5.0  # between what is framed and its frame
 
 Box = tuple[slice, slice]
 Marks = Mapping[str, NDArray[np.bool_]]
@@ -40,6 +40,16 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """A rectangle in a view."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
 class View:
     """A section to show; lengths are in units of the finer of the two voxel sides."""
 
@@ -51,6 +61,7 @@ class View:
     bar_label: str
     predicted: Layer
     true: Layer
+    frame: Frame | None = None  # round what the view is about
 
     @property
     def unit(self) -> float:
@@ -68,6 +79,7 @@ def draw(
     predicted_partners: pd.DataFrame | None = None,
     true_partners: pd.DataFrame | None = None,
     css_width: int,
+    framed: Box | None = None,
 ) -> View:
     """Draw a window of a section.
 
@@ -85,6 +97,8 @@ def draw(
         Rows of the partner table to draw as arrows.
     css_width : int
         How wide the page shows it, in CSS pixels.
+    framed : tuple of slice, optional
+        What to draw a frame round, in voxels of the section.
 
     Examples
     --------
@@ -106,7 +120,7 @@ def draw(
         for marks, partners in ((predicted, predicted_partners), (true, true_partners))
     ]
     return View(
-        jpeg=jpeg_uri(section_yx),
+        jpeg=jpeg_uri(section_yx, most_pixels=2 * css_width),  # what dense screens show
         width=width,
         height=height,
         css_width=css_width,
@@ -114,6 +128,7 @@ def draw(
         bar_label=f"{bar_nm / 1000:g} µm" if bar_nm >= 1000 else f"{bar_nm:g} nm",
         predicted=layers[0],
         true=layers[1],
+        frame=None if framed is None else _frame(framed, box=box, scale_yx=scale_yx, unit=width / css_width),
     )
 
 
@@ -147,15 +162,17 @@ def outline(mask_yx: NDArray[np.bool_], *, scale_yx: tuple[float, float] = (1, 1
     return "".join(parts)
 
 
-def jpeg_uri(section_yx: NDArray[np.integer]) -> str:
+def jpeg_uri(section_yx: NDArray[np.integer], *, most_pixels: int) -> str:
     """Give a section as a grey JPEG in a data URI, its contrast stretched between the outer half per cents.
+
+    What is larger than `most_pixels` along a side is averaged down.
 
     Examples
     --------
-    >>> jpeg_uri(np.zeros((2, 2), np.uint16))[:27]
+    >>> jpeg_uri(np.zeros((2, 2), np.uint16), most_pixels=640)[:27]
     'data:image/jpeg;base64,/9j/'
     """
-    factor = math.ceil(max(section_yx.shape) / _MOST_PIXELS)
+    factor = math.ceil(max(section_yx.shape) / most_pixels)
     grey = _averaged(section_yx.astype(np.float32), factor)
     low, high = np.percentile(grey, (0.5, 99.5))
     grey = np.clip((grey - low) / max(float(high - low), 1e-6), 0, 1) * 255
@@ -227,6 +244,15 @@ def _arrow(y0: float, x0: float, y1: float, x1: float, *, head: float, title: st
         f"L{neck_x - wing_x:.1f} {neck_y - wing_y:.1f}z",
         title=title,
     )
+
+
+def _frame(framed: Box, *, box: Box, scale_yx: tuple[float, float], unit: float) -> Frame:
+    margin = _FRAME_PX * unit
+    (y, height), (x, width) = (
+        ((part.start - window.start) * scale - margin, (part.stop - part.start) * scale + 2 * margin)
+        for part, window, scale in zip(framed, box, scale_yx, strict=True)
+    )
+    return Frame(x=x, y=y, width=width, height=height)
 
 
 def _averaged(grey: NDArray[np.float32], factor: int) -> NDArray[np.float32]:

@@ -37,11 +37,11 @@ _MEASURES = {
     "predicted": "predicted",
 }
 _TILES = {
-    "voxel_union_f1": "Synapse voxels, F1",
-    "detection_f1": "Synapse detection, F1",
-    "direction_accuracy": "Direction, accuracy",
-    "partner_f1": "Partners, F1",
-    "partner_neurons_f1": "Partners on the same neurons, F1",
+    "voxel_union_f1": "Synapse voxel F1",
+    "detection_f1": "Detection F1",
+    "direction_accuracy": "Direction accuracy",
+    "partner_f1": "Partner F1",
+    "partner_neurons_f1": "Partner F1 with neurons",
 }
 
 
@@ -94,7 +94,7 @@ class Tile:
     label: str
     text: str
     percent: float  # of the best there can be
-    detail: str
+    details: tuple[str, ...]  # lines
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ class Page:
     tiles: tuple[Tile, ...]
     measures: tuple[str, ...]
     score_groups: Mapping[str, Sequence[ScoreRow]]
+    direction: Cell | None
     other_scores: Mapping[str, str]
     region_columns: tuple[str, ...]
     region_rows: tuple[tuple[Cell, ...], ...]
@@ -166,16 +167,18 @@ def _template() -> jinja2.Template:
 def _page(content: ReportContent) -> Page:
     iou = content.params.get("evaluate.iou", _DEFAULT_IOU)
     columns = tuple(str(name) for name in content.per_region.columns)
-    groups, others = _score_groups(content.scores)
+    scores = content.scores
+    groups, others = _score_groups(scores)
     return Page(
         title=content.title,
         run=content.run,
         notes=content.notes,
         thresholds=content.thresholds,
         threshold_source=content.threshold_source,
-        tiles=_tiles(content.scores),
+        tiles=_tiles(scores),
         measures=tuple(_MEASURES.values()),
         score_groups=groups,
+        direction=_cell(scores["direction_accuracy"], "") if "direction_accuracy" in scores else None,
         other_scores=others,
         region_columns=tuple(_words(name) for name in columns),
         region_rows=tuple(
@@ -191,25 +194,32 @@ def _page(content: ReportContent) -> Page:
 def _tiles(scores: Mapping[str, float]) -> tuple[Tile, ...]:
     tiles = []
     for name, label in _TILES.items():
-        if name not in scores:
-            continue
-        prefix = name.removesuffix("_f1")
-        parts = [
-            f"{measure} {_number(scores[f'{prefix}_{measure}'])}"
-            for measure in ("precision", "recall")
-            if f"{prefix}_{measure}" in scores
-        ]
-        detail = " · ".join(parts) or "of matched synapses, sides the right way round"
-        value = scores[name]
-        percent = 100 * value if math.isfinite(value) else 0.0
-        tiles.append(Tile(label, _number(value), percent, detail))
+        if name in scores:
+            value = scores[name]
+            percent = 100 * value if math.isfinite(value) else 0.0
+            tiles.append(Tile(label, _number(value), percent, _details(scores, name.removesuffix("_f1"))))
     return tuple(tiles)
+
+
+def _details(scores: Mapping[str, float], prefix: str) -> tuple[str, ...]:
+    """Say what lies behind a headline score."""
+    if prefix == "direction_accuracy":
+        return ("of matched synapses",)
+    lines = (("precision {}", "recall {}"), ("{} true", "{} predicted"))
+    keys = (("precision", "recall"), ("true", "predicted"))
+    return tuple(
+        " · ".join(
+            text.format(_number(scores[f"{prefix}_{key}"], key)) for text, key in zip(*line, strict=True)
+        )
+        for line in zip(lines, keys, strict=True)
+        if all(f"{prefix}_{key}" in scores for key in line[1])
+    )
 
 
 def _score_groups(scores: Mapping[str, float]) -> tuple[dict[str, list[ScoreRow]], dict[str, str]]:
     """Lay the scores out by what they count, and give those that have no place there."""
     groups: dict[str, list[ScoreRow]] = {}
-    placed: set[str] = set()
+    placed = {"direction_accuracy"}
     for prefix, (group, name) in _SCORE_NAMES.items():
         keys = [f"{prefix}_{measure}" for measure in _MEASURES]
         if scores.keys().isdisjoint(keys):
