@@ -11,6 +11,7 @@ import typer
 
 from synmlops.layout import EVALUATED, MODELS, PREDICTED, PREPARED, RUN_FILE, WHOLE, model_file
 from synmlops.params import SynmlopsError, load_params
+from synmlops.progress import say
 
 app = typer.Typer(
     help="Find synaptic partners in electron-microscopy volumes and keep every experiment comparable.",
@@ -68,8 +69,7 @@ def prepare(
     manifest, notes = run(
         load_params(params, overrides=_given_volumes(image, label, label_kind)).data, out=out
     )
-    for note in notes:
-        typer.echo(f"note: {note}", err=True)
+    say(notes)
     for name, volume in manifest.volumes.items():
         typer.echo(f"{name}: {volume.shape_zyx} voxels of {volume.grid.voxel_nm} nm, label {volume.kind}")
     typer.echo(f"{len(manifest.volumes)} volumes, {len(manifest.folds)} fold(s) in {out}")
@@ -192,8 +192,7 @@ def register(
         name=name,
         alias=alias,
     )
-    for note in version.notes:
-        typer.echo(f"note: {note}", err=True)
+    say(version.notes)
     typer.echo(f"{version.name} version {version.version} is {version.uri}")
     typer.echo(f"serve it: mlflow models serve -m {version.uri} --env-manager local")
 
@@ -205,8 +204,7 @@ def sync() -> None:
     from synmlops.tracking.runs import sync as send
 
     outcome = send(project_root())
-    for note in outcome.notes:
-        typer.echo(f"note: {note}", err=True)
+    say(outcome.notes)
     typer.echo(f"{outcome.sent} metric file(s) wholly sent, {outcome.left} with something left")
     if outcome.left:
         raise typer.Exit(1)

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -59,6 +59,12 @@ def track(description: str, total: int, *, shown: bool = True) -> Iterator[Repor
     else:
         lines = _Lines(description, total)
         yield lines.report
+
+
+def say(notes: Iterable[str]) -> None:
+    """Print what the user should know, though nothing failed, on standard error."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 class _Lines:

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from synmlops.learning.checkpoint import Model
-from synmlops.params import CHANNELS, InferParams, Precision
-from synmlops.volumes.probabilities import SCALE
+from synmlops.params import CHANNELS, SCALE, InferParams, Precision
 
 
 class Image(Protocol):

@@ -28,9 +28,8 @@ from numpy.typing import NDArray
 
 from synmlops.learning.checkpoint import Model, load_model
 from synmlops.learning.predict import predict
-from synmlops.params import CHANNELS, InferParams
+from synmlops.params import CHANNELS, SCALE, InferParams
 from synmlops.serving.wire import from_npy, to_npy
-from synmlops.volumes.probabilities import SCALE
 
 WEIGHTS, SETTINGS = "weights", "settings"
 """The artifacts of a registered model, by name."""

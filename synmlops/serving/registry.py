@@ -94,6 +94,12 @@ def register(
             "`dvc checkout` brings back a model and a record that belong together"
         )
     chosen = None if operating_point is None else _read_operating_point(operating_point, meta.fold)
+    digest = sha256_of(model_path)
+    if chosen is not None and chosen.get("model_sha256", digest) != digest:
+        raise SynmlopsError(
+            f"{operating_point}: was chosen for another model than {model_path}; run `dvc repro`, or "
+            "`synmlops infer` and `synmlops evaluate`, so that both are of one model"
+        )
     scores = {} if metrics is None else _f1_scores(metrics)
     remedy = "is MLFLOW_TRACKING_URI right and the server up? Then register again"
     with _registry(str(model_path), remedy) as store, tempfile.TemporaryDirectory() as folder:
@@ -103,7 +109,7 @@ def register(
         run_id, notes = _run_of(record, store)
         tags = {
             KEY_TAG: record.key,
-            "synmlops.model_sha256": sha256_of(model_path),
+            "synmlops.model_sha256": digest,
             **_tags(meta, chosen, scores),
         }
         model_id = _log_model(bundle, run_id=run_id, name=name, tags=tags)

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from synmlops.layout import RUN_FILE, probabilities_file
+from synmlops.layout import RUN_FILE, model_file, probabilities_file
 from synmlops.params import CHANNELS, EvaluateParams, Params, SynmlopsError, flatten, sections
-from synmlops.progress import track
+from synmlops.progress import say, track
 from synmlops.synapses.instances import Instances
 from synmlops.synapses.partners import partners_of
 from synmlops.synapses.scores import (
@@ -39,6 +39,7 @@ class OperatingPoint:
     threshold: float
     source: str  # "given", "validation" or "test regions of the other folds"
     voxel_f1: float | None  # of the union at this threshold, on the regions it was chosen on
+    model_sha256: str  # of the model file it was chosen for
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,20 @@ def run(params: Params, *, prepared: Path, predicted: Path, curves: Path, out: P
     with StageRun.attach("evaluate", params=sections(params, "evaluate"), record=inferred) as run:
         with atomic_folder(out) as folder:
             points = {
-                fold.name: _operating_point(fold, manifest, predicted, params.evaluate)
+                fold.name: _operating_point(
+                    fold,
+                    manifest,
+                    predicted,
+                    params=params.evaluate,
+                    model_sha256=inferred.data[model_file(fold.name)],
+                )
                 for fold in manifest.folds
             }
             scored = _score_all(manifest, predicted, points, params=params.evaluate, folder=folder)
             evaluation = _sum_up(scored, points)
             _write_summary(evaluation, scored, run=run, curves=curves, params=params, folder=folder)
         _log(run, evaluation, out)
+    say(run.notes)
     return evaluation
 
 
@@ -119,11 +127,11 @@ class _Scored:
 
 
 def _operating_point(
-    fold: Fold, manifest: Manifest, predicted: Path, params: EvaluateParams
+    fold: Fold, manifest: Manifest, predicted: Path, *, params: EvaluateParams, model_sha256: str
 ) -> OperatingPoint:
     """Settle the threshold of a fold without looking at its test region."""
     if params.threshold != "auto":
-        return OperatingPoint(params.threshold, "given", None)
+        return OperatingPoint(params.threshold, "given", None, model_sha256)
     chosen_on = [(fold, "validation", region) for region in fold.validation]
     source = "validation"
     if not chosen_on:  # a cross-validation: what the other folds hold out
@@ -143,7 +151,7 @@ def _operating_point(
             "label a validation volume, or set a number such as 0.5"
         )
     threshold = histogram.best_threshold()
-    return OperatingPoint(threshold, source, histogram.at(threshold).f1)
+    return OperatingPoint(threshold, source, histogram.at(threshold).f1, model_sha256)
 
 
 def _histograms(probabilities: Probabilities, volume: PreparedVolume, region: Region) -> dict[str, Histogram]:
@@ -209,6 +217,7 @@ def _evaluate_region(
         predicted_partners=partners,
         true_partners=true_partners,
         voxel_nm=probabilities.grid.voxel_nm,
+        offset_nm=probabilities.grid.offset_nm,
     )
     return _Scored(view, scores, partners)
 
@@ -271,7 +280,8 @@ def _write_summary(
     folder: Path,
 ) -> None:
     _write_json(folder / "metrics.json", evaluation.metrics)
-    _write_json(folder / "operating_point.json", _as_json(evaluation.operating_points))
+    points = {name: asdict(point) for name, point in evaluation.operating_points.items()}
+    _write_json(folder / "operating_point.json", points)
     curve = _curves(evaluation.scores.histograms)
     with atomic_path(folder / "precision_recall.csv") as temporary:
         curve.to_csv(temporary, index=False)
@@ -300,18 +310,6 @@ def _write_summary(
         notes=[],
     )
     write_report(content, folder / "report.html")
-
-
-def _as_json(points: Mapping[str, OperatingPoint]) -> dict[str, object]:
-    """Give the operating point that travels with the model: of the only fold, or the mean over the folds."""
-    if len(points) == 1:
-        return asdict(next(iter(points.values())))
-    mean = float(np.mean([point.threshold for point in points.values()]))
-    return {
-        "threshold": mean,
-        "source": "mean over the folds",
-        "folds": {k: asdict(p) for k, p in points.items()},
-    }
 
 
 def _curves(histograms: Mapping[str, Histogram]) -> pd.DataFrame:

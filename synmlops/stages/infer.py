@@ -10,10 +10,10 @@ from synmlops.learning.checkpoint import Model, load_model
 from synmlops.learning.distributed import pick_device
 from synmlops.learning.predict import Image, predict
 from synmlops.params import CHANNELS, InferParams, Params, SynmlopsError, sections
-from synmlops.progress import track
+from synmlops.progress import say, track
 from synmlops.tracking.record import RunRecord
 from synmlops.tracking.runs import StageRun
-from synmlops.volumes.files import atomic_folder
+from synmlops.volumes.files import atomic_folder, sha256_of
 from synmlops.volumes.labels import check_image
 from synmlops.volumes.prepared import Box, PreparedVolume, Region, read_manifest
 from synmlops.volumes.probabilities import probabilities_writer
@@ -42,8 +42,10 @@ def run(params: Params, *, prepared: Path, models: Path, out: Path, gpus: int | 
     """
     manifest, trained = read_manifest(prepared), RunRecord.read(models / RUN_FILE)
     device = pick_device(gpus)
+    files = [model_file(fold.name) for fold in manifest.folds]
+    digests = {name: sha256_of(models / name) for name in files}
     with (
-        StageRun.attach("infer", params=sections(params, "infer"), record=trained) as run,
+        StageRun.attach("infer", params=sections(params, "infer"), record=trained, data=digests) as run,
         atomic_folder(out) as folder,
     ):
         voxels = 0
@@ -62,6 +64,7 @@ def run(params: Params, *, prepared: Path, models: Path, out: Path, gpus: int | 
                     voxels += int(np.prod(region.box.shape_zyx))
         run.log_metrics({"infer_voxels": float(voxels)}, step=0)
         run.record.write(folder / RUN_FILE)
+    say(run.notes)
     return run.record
 
 

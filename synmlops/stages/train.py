@@ -17,10 +17,10 @@ from synmlops.learning.loop import Fitted, Observer, Recipe, Row, fit
 from synmlops.learning.predict import predict
 from synmlops.learning.sampling import TrainRegion
 from synmlops.params import CHANNELS, Params, SynmlopsError, sections
-from synmlops.progress import Report, track
+from synmlops.progress import Report, say, track
 from synmlops.synapses.voxels import Histogram, add_by_key, voxel_histograms
 from synmlops.tracking.lineage import project_root
-from synmlops.tracking.runs import RunRecord, StageRun
+from synmlops.tracking.runs import Context, RunRecord, StageRun
 from synmlops.volumes.files import atomic_path
 from synmlops.volumes.prepared import Box, Fold, Manifest, PreparedVolume, Region, read_manifest
 
@@ -76,6 +76,7 @@ def _train_as_first(training: _Training, ranks: Ranks, *, out: Path) -> RunRecor
     with StageRun.start(params=sections(params, *SECTIONS), data=training.manifest.digests, key=key) as run:
         training.states.mkdir(parents=True, exist_ok=True)
         key_file.write_text(run.record.key)
+        _log_volumes(run, training.manifest)
         with track("train", params.train.steps * len(folds)) as report:
             outcomes = {}
             for n, fold in enumerate(folds):
@@ -83,7 +84,35 @@ def _train_as_first(training: _Training, ranks: Ranks, *, out: Path) -> RunRecor
                 outcomes[fold.name] = _fit_fold(training, fold, ranks=ranks, observer=observer)
         _write(out, outcomes, training=training, run=run)
     shutil.rmtree(training.states)
+    say(run.notes)
     return run.record
+
+
+def _log_volumes(run: StageRun, manifest: Manifest) -> None:
+    """Log the volumes as MLflow datasets, each in the context of the role that it has in the first fold."""
+    fold = manifest.folds[0]
+    contexts: dict[str, tuple[Context, tuple[Region, ...]]] = {
+        "train": ("training", fold.train),
+        "validation": ("validation", fold.validation),
+        "test": ("test", fold.test),
+    }
+    cross = len(manifest.folds) > 1  # then every volume is trained on, and held out in part
+    for role, (context, regions) in contexts.items():
+        if cross and role != "train":
+            continue
+        for name in sorted({region.volume for region in regions}):
+            volume = manifest.volumes[name]
+            run.log_input(
+                name,
+                digest=volume.sha256["image"],
+                context=context,
+                source=volume.sources["image"],
+                profile={
+                    "shape_zyx": list(volume.shape_zyx),
+                    "voxel_nm": list(volume.grid.voxel_nm),
+                    "label_kind": volume.kind or "none",
+                },
+            )
 
 
 def _recipe_of(params: Params) -> Recipe:

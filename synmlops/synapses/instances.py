@@ -11,10 +11,7 @@ import cc3d
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from synmlops.params import CHANNELS
-
-SCALE = 255
-"""What a probability of 1 is on disk."""
+from synmlops.params import CHANNELS, SCALE
 
 Mask = NDArray[np.bool_]
 Instances = NDArray[np.unsignedinteger]

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from synmlops.synapses.instances import SCALE, Instances, Probabilities, components_of, sites_of
+from synmlops.params import SCALE
+from synmlops.synapses.instances import Instances, Probabilities, components_of, sites_of
 from synmlops.volumes.table import COLUMNS, empty_table
 
 Indices = NDArray[np.intp]

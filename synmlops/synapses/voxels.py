@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from synmlops.synapses.instances import SCALE, Mask, Probabilities, level_of
+from synmlops.params import SCALE
+from synmlops.synapses.instances import Mask, Probabilities, level_of
 from synmlops.volumes.prepared import BACKGROUND, POST, PRE, UNTRUSTED
 
 _N_LEVELS = SCALE + 1

@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from synmlops.params import CHANNELS, SynmlopsError
+from synmlops.params import CHANNELS, SCALE, SynmlopsError
 from synmlops.volumes.store import Grid, hdf5_writer, open_volume
-
-SCALE = 255
-"""Grey level of probability 1."""
 
 DATASET = "probabilities"
 
