@@ -4,21 +4,25 @@ Every field of every section must stand in params.yaml: DVC compares files, so a
 code alone could change without any stage noticing. `load_params` names a missing key with its default.
 """
 
-import difflib
 import math
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from synmlops.explain import explain, missing_keys
+
 CHANNELS = ("pre", "post", "union")
 """What the network predicts, in this order, wherever a channel axis appears."""
+
+SCALE = 255
+"""Grey level of probability 1, wherever probabilities are uint8."""
 
 Size = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Zyx = tuple[Count, Count, Count]
@@ -34,7 +38,7 @@ class SynmlopsError(Exception):
 class Section(BaseModel):
     """A part of params.yaml: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class PhantomParams(Section):
@@ -42,14 +46,25 @@ class PhantomParams(Section):
 
     size_zyx: Zyx = (32, 384, 384)  # voxels of each volume
     voxel_nm: Nm = (40.0, 8.0, 8.0)
-    train_seeds: tuple[int, ...] = (1, 2)
-    validation_seeds: tuple[int, ...] = (11,)
-    test_seeds: tuple[int, ...] = (21,)
+    train_seeds: Annotated[tuple[Size, ...], Field(min_length=1)] = (1, 2)
+    validation_seeds: tuple[Size, ...] = (11,)
+    test_seeds: tuple[Size, ...] = (21,)
     synapses_per_um3: Positive = 2.0
     polyadic: Fraction = 0.6  # share of the synapses with two to four posts
     lookalikes: NonNegative = 2.0  # per synapse: vesicles without density, density without vesicles ...
     noise: NonNegative = 1.0  # 1 is the default phantom, 2 doubles its noise
     jitter: NonNegative = 1.0  # the same for section-to-section jitter and contrast drift
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> Self:
+        seeds = [*self.train_seeds, *self.validation_seeds, *self.test_seeds]
+        double = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+        if double:
+            raise ValueError(
+                f"data.phantom: seed {double[0]} stands more than once in train_seeds, validation_seeds and "
+                "test_seeds, so the same tissue would come up twice; give each volume its own seed"
+            )
+        return self
 
 
 class VolumeSet(BaseModel):
@@ -107,7 +122,7 @@ class NetworkParams(Section):
 
     name: str = "residual_unet"
     stem_zyx: Zyx = (1, 2, 2)  # voxels folded into channels at the input and unfolded at the output
-    widths: tuple[Count, ...] = (24, 32, 48, 64)  # channels, one per level
+    widths: Annotated[tuple[Count, ...], Field(min_length=1)] = (24, 32, 48, 64)  # channels, one per level
     kernels: tuple[Zyx, ...] = ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))  # one per level
     pools: tuple[Zyx, ...] = ((1, 2, 2), (1, 2, 2), (2, 2, 2))  # between levels: one fewer
     blocks: Count = 1  # residual blocks of two convolutions per level and side
@@ -178,7 +193,16 @@ class LossParams(Section):
 
     bce: NonNegative = 1.0  # binary cross-entropy with foreground weighting
     dice: NonNegative = 0.5
-    foreground_weight_clip: tuple[Fraction, Fraction] = (0.05, 0.95)  # of the foreground share
+    foreground_weight_clip: tuple[Share, Share] = (0.05, 0.95)  # of the foreground share
+
+    @model_validator(mode="after")
+    def _something_to_descend(self) -> Self:
+        if self.bce == self.dice == 0:
+            raise ValueError("loss: bce and dice are both 0, so nothing would be learnt; set one of them")
+        low, high = self.foreground_weight_clip
+        if low > high:
+            raise ValueError(f"loss.foreground_weight_clip: {low} is more than {high}; swap the two")
+        return self
 
 
 class InferParams(Section):
@@ -220,7 +244,7 @@ class EvaluateParams(Section):
 class Params(Section):
     """All of params.yaml."""
 
-    seed: int = 0
+    seed: Size = 0
     data: DataParams
     network: NetworkParams = NetworkParams()
     sampling: SamplingParams = SamplingParams()
@@ -233,17 +257,20 @@ class Params(Section):
     @model_validator(mode="after")
     def _windows_fit_network(self) -> Self:
         pool = self.network.total_pool_zyx()
-        for key, size in (
-            ("sampling.patch_zyx", self.sampling.patch_zyx),
-            ("infer.window_zyx", self.infer.window_zyx),
-            ("train.validation.window_zyx", self.train.validation.window_zyx),
-        ):
-            for axis, n, p in zip("zyx", size, pool, strict=True):
-                if n % p:
-                    raise ValueError(
-                        f"{key}: {axis}={n} is not a multiple of {p}, "
-                        f"the total pooling along {axis}; next: {n + p - n % p}"
-                    )
+        windows = {
+            "sampling.patch_zyx": self.sampling.patch_zyx,
+            "infer.window_zyx": self.infer.window_zyx,
+            "train.validation.window_zyx": self.train.validation.window_zyx,
+        }
+        problems = [
+            f"{key}: {axis}={n} is not a multiple of {p}, "
+            f"the total pooling along {axis}; next: {n + p - n % p}"
+            for key, size in windows.items()
+            for axis, n, p in zip("zyx", size, pool, strict=True)
+            if n % p
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     @model_validator(mode="after")
@@ -273,29 +300,34 @@ def load_params(path: Path, *, overrides: dict[str, Any] | None = None) -> Param
     Raises
     ------
     SynmlopsError
-        If the file is missing or no YAML, a key is unknown (with the nearest known one), missing (with its
-        default) or has a value that does not fit.
+        If the file is missing or no YAML. Every key that is unknown (with the nearest known one), missing
+        (with its default) or has a value that does not fit is named in one message; the rules that span
+        sections are looked at once each section is right by itself.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SynmlopsError(
             f"{path}: {error.strerror}; run in the project folder or give --params"
         ) from error
-    except yaml.YAMLError as error:
-        raise SynmlopsError(f"{path}: not valid YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SynmlopsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise SynmlopsError(f"{path}: holds no keys; start from the params.yaml of the project")
     for dotted, value in (overrides or {}).items():
         _set_dotted(tree, dotted, value)
+    params, problems = None, []
     try:
         params = Params.model_validate(tree)
     except ValidationError as error:
-        raise SynmlopsError(f"{path}: " + _explain(error)) from error
-    missing = next(_missing_fields(params), None)
-    if missing is not None:
-        key, default = missing
-        raise SynmlopsError(f"{path}: {key} is missing; add it (default: {default})")
+        problems = explain(Params, tree, error)
+    hinted = {line.partition("did you mean ")[2].rstrip("?") for line in problems}
+    for key, default in missing_keys(Params, tree, complete=Section):
+        if key not in hinted:
+            problems.append(f"{key} is missing; add it (default: {default})")
+    if params is None or problems:
+        listed = problems[0] if len(problems) == 1 else "\n  ".join([f"{len(problems)} problems", *problems])
+        raise SynmlopsError(f"{path}: {listed}")
     return params
 
 
@@ -336,47 +368,3 @@ def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
             below = tree[parent] = {}
         tree = below
     tree[leaf] = value
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if not _is_union_branch(part))
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, _known_keys(Params), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{key}: unknown key{hint}"
-    if first["type"] == "missing":
-        return f"{key} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    return (
-        message if not key or first["type"] == "value_error" else f"{key}: {message}, got {first['input']!r}"
-    )
-
-
-def _is_union_branch(part: int | str) -> bool:
-    """Tell pydantic's names for the branches of a union from keys a user wrote."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "float", "constrained-float"))
-
-
-def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        for below in _models_of(field.annotation):
-            keys += _known_keys(below, f"{prefix}{name}.")
-    return keys
-
-
-def _models_of(annotation: Any) -> Sequence[type[BaseModel]]:
-    parts = (annotation, *getattr(annotation, "__args__", ()))
-    return [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
-
-
-def _missing_fields(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        if name not in section.model_fields_set:
-            default = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-            yield f"{prefix}{name}", default
-        elif isinstance(value, Section):
-            yield from _missing_fields(value, f"{prefix}{name}.")

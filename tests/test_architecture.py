@@ -10,7 +10,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "synmlops"
 FLOORS = (  # from the ground up; a room may import its own floor's modules and those below
-    ("params", "layout", "progress"),
+    ("params", "explain", "layout", "progress"),
     ("volumes",),
     ("blockwise",),
     ("learning", "synapses"),
@@ -26,7 +26,7 @@ ONLY_IN = {
     "mlflow": {"tracking", "serving"},
     "dask": {"blockwise"},
 }
-WATCHED_BY_NO_STAGE = ("tracking", "serving", "cli", "progress")  # cannot change a stage's outputs
+WATCHED_BY_NO_STAGE = ("tracking", "serving", "cli", "progress", "explain")  # cannot change a stage's outputs
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
