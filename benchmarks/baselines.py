@@ -69,7 +69,7 @@ def smoothed_intensity(
     """Score voxels by how dark they are after a Gaussian, whose width is best on `train`."""
 
     def scored(volumes: Sequence[Labelled], sigma_nm: float) -> list[_Floats]:
-        return [-_smooth(v.image.astype(np.float32), sigma_nm, v.voxel_nm) for v in volumes]
+        return [-_smooth(normalised(v.image), sigma_nm, v.voxel_nm) for v in volumes]
 
     best = max(INTENSITY_SIGMAS_NM, key=lambda s: best_threshold(scored(train, s), _truths(train))[1])
     threshold, _ = best_threshold(scored(validation, best), _truths(validation))
@@ -90,20 +90,30 @@ def random_forest(
     return _judged([_forest_scores(forest, v) for v in test], threshold, test)
 
 
-def filter_features(
-    image: NDArray[np.uint8], voxel_nm: tuple[float, float, float], sigma_nm: float
-) -> list[_Floats]:
+def normalised(image: NDArray[np.uint8]) -> _Floats:
+    """Bring brightness and contrast of a volume to median 0 and interquartile range 1.
+
+    Examples
+    --------
+    >>> normalised(np.array([100, 110, 120, 130, 140], np.uint8))
+    array([-1. , -0.5,  0. ,  0.5,  1. ], dtype=float32)
+    """
+    low, middle, high = np.percentile(image, [25, 50, 75])
+    return np.asarray((image - middle) / max(high - low, 1.0), dtype=np.float32)
+
+
+def filter_features(image: _Floats, voxel_nm: tuple[float, float, float], sigma_nm: float) -> list[_Floats]:
     """Give Gaussian, gradient magnitude, Laplacian and the three Hessian eigenvalues at one scale.
 
     Derivatives are per nm, times sigma (squared for second ones), so that a long voxel counts as long.
 
     Examples
     --------
-    >>> features = filter_features(np.zeros((3, 8, 8), np.uint8), (40, 8, 8), 16.0)
+    >>> features = filter_features(np.zeros((3, 8, 8), np.float32), (40, 8, 8), 16.0)
     >>> len(features), features[0].shape
     (6, (3, 8, 8))
     """
-    smooth = _smooth(image.astype(np.float32), sigma_nm, voxel_nm)
+    smooth = _smooth(image, sigma_nm, voxel_nm)
     first = [sigma_nm * _slope(smooth, axis, voxel_nm) for axis in range(3)]
     second = {(a, b): sigma_nm * _slope(first[a], b, voxel_nm) for a in range(3) for b in range(a, 3)}
     magnitude = np.sqrt(sum((np.square(g) for g in first), np.zeros_like(smooth)))
@@ -175,9 +185,10 @@ def _eigenvalues(second: dict[tuple[int, int], _Floats]) -> list[_Floats]:
 def _table(volume: Labelled, flat: NDArray[np.int64] | None) -> _Floats:
     """Give all features of the voxels with these flat indices, or of every voxel, as (N, F)."""
     chosen = slice(None) if flat is None else flat
-    columns = [volume.image.ravel()[chosen].astype(np.float32)]
+    image = normalised(volume.image)
+    columns = [image.ravel()[chosen]]
     for sigma in FILTER_SIGMAS_NM:
-        columns += [f.ravel()[chosen] for f in filter_features(volume.image, volume.voxel_nm, sigma)]
+        columns += [f.ravel()[chosen] for f in filter_features(image, volume.voxel_nm, sigma)]
     return np.stack(columns, axis=1)
 
 

@@ -23,10 +23,10 @@ Kind = Literal["synapse", "bare", "junction", "cloud", "blob"]
 LOOKALIKES: dict[Kind, float] = {"bare": 0.5, "cloud": 0.25, "junction": 0.15, "blob": 0.1}
 """Shares: density without vesicles, vesicles without density, both sides dark, a dark spot."""
 
-RADIUS_NM = (135.0, 215.0)  # of a site's ball, so that a synapse is some 270 to 430 nm across
+RADIUS_NM = (140.0, 215.0)  # of a site's ball, so that a synapse is some 280 to 430 nm across
 PRE_NM = 72.0  # depth of the pre label, from the membrane
 POST_NM = 80.0
-GAP_NM = 130.0  # least distance between the balls of two sites
+GAP_NM = 145.0  # least distance between the balls of two sites
 FAIR_SHARE = 0.17  # of the contact: a neuron with more is a post ...
 SLIVERS = 0.05  # ... and all others together must have less
 LEAST_POST_NM3 = 6e5  # a smaller post is no partner
@@ -167,11 +167,12 @@ def _try_site(
         return None
     box, away = _ball(centre, radius + POST_NM, tissue.neurons.shape, voxel_nm)
     neurons = tissue.neurons[box]
-    contact = _contact(neurons, pre, posts, np.linalg.norm(away, axis=0) <= radius)
+    reach = _reach(away)
+    contact = _contact(neurons, pre, posts, reach <= radius)
     if contact is None:
         return None
     depth = np.asarray(distance_transform_edt(~contact, sampling=voxel_nm), dtype=np.float32)
-    inside = np.linalg.norm(away, axis=0) <= radius + 15.0
+    inside = reach <= radius + 15.0
     side = np.where(neurons == pre, 1, np.where(np.isin(neurons, posts), 2, 0)) * inside
     ends = [away[:, (side == n) & (depth < deep)] for n, deep in ((1, PRE_NM), (2, POST_NM))]
     if min(end.shape[1] for end in ends) == 0:
@@ -198,6 +199,14 @@ def _ball(
     return (z, y, x), np.stack(np.meshgrid(*axes, indexing="ij"))
 
 
+def _reach(away: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Give the distance in a norm whose balls are blunt along z.
+
+    A round ball would end in sections that hold a sliver of the synapse, too faint for anyone to mark.
+    """
+    return np.asarray(np.sqrt(np.sqrt(away[0] ** 4 + np.square(away[1] ** 2 + away[2] ** 2))))
+
+
 def _posts(
     tissue: Tissue,
     centre: NDArray[np.int64],
@@ -207,7 +216,7 @@ def _posts(
 ) -> tuple[int, ...]:
     """Give the neurons that face `pre` within the ball, or none if the place does not suit a synapse."""
     box, away = _ball(centre, radius * 1.3, tissue.neurons.shape, voxel_nm)
-    distance = np.linalg.norm(away, axis=0)
+    distance = _reach(away)
     own = tissue.neurons[box] == pre
     ball = distance <= 1.3 * radius
     if (own & ball & (tissue.membrane_nm[box] > 25.0)).sum() < LEAST_ROOM * ball.sum():
