@@ -26,7 +26,7 @@ LOOKALIKES: dict[Kind, float] = {"bare": 0.5, "cloud": 0.25, "junction": 0.15, "
 RADIUS_NM = (140.0, 215.0)  # of a site's ball, so that a synapse is some 280 to 430 nm across
 PRE_NM = 72.0  # depth of the pre label, from the membrane
 POST_NM = 80.0
-GAP_NM = 145.0  # least distance between the balls of two sites
+GAP_NM = 125.0  # least distance between the balls of two sites
 FAIR_SHARE = 0.17  # of the contact: a neuron with more is a post ...
 SLIVERS = 0.05  # ... and all others together must have less
 LEAST_POST_NM3 = 6e5  # a smaller post is no partner
@@ -36,7 +36,7 @@ LEAST_ROOM = (
 LEAST_FACING_NM = 70.0  # between the middles of the sides: less where one wraps around the other
 GREATEST_TILT = 0.72
 PARTNER_CHANCES = {2: 0.5, 3: 0.3, 4: 0.2}  # of a polyadic site
-TRIES = 6000
+TRIES = 16000
 
 
 @dataclass(frozen=True)
@@ -95,29 +95,51 @@ def place_sites(
     polyadic : float
         Share of synapses with two to four posts. Where the tissue has too few such places, fewer.
     """
-    candidates = _candidates(rng, tissue, voxel_nm)
-    wanted = _partner_counts(rng, synapses, polyadic)
-    sites: list[Site] = []
-    left: list[NDArray[np.int64]] = []
-    for strict in (True, False):  # first with the wanted numbers of partners, then with any
-        for centre in candidates if strict else left:
-            if len(sites) == synapses:
-                break
-            left.append(centre) if strict else None
-            site = _try_site(rng, tissue, centre, sites, kind="synapse", voxel_nm=voxel_nm)
-            if site is None or (strict and wanted[len(site.posts)] == 0):
+    room = _Room(rng, tissue, voxel_nm)
+    room.fill(["synapse"] * synapses, wanted=_partner_counts(rng, synapses, polyadic))
+    room.fill(["synapse"] * (synapses - len(room.sites)))
+    room.fill(_lookalike_kinds(rng, lookalikes))
+    return room.sites
+
+
+class _Room:
+    """The sites placed so far, and the candidate voxels that still have room around them."""
+
+    def __init__(
+        self, rng: np.random.Generator, tissue: Tissue, voxel_nm: tuple[float, float, float]
+    ) -> None:
+        self.sites: list[Site] = []
+        self._rng, self._tissue, self._voxel_nm = rng, tissue, voxel_nm
+        self._candidates = _candidates(rng, tissue, voxel_nm)
+        self._free = np.ones(len(self._candidates), bool)
+
+    def fill(self, kinds: list[Kind], *, wanted: Counter[int] | None = None) -> None:
+        """Place sites of these kinds; with `wanted`, only as many of each number of partners."""
+        left = list(kinds)
+        for i in range(len(self._candidates)):
+            if not left:
+                return
+            if not self._free[i]:
                 continue
-            wanted[len(site.posts)] -= 1
-            sites.append(site)
-    kinds = _lookalike_kinds(rng, lookalikes)
-    for centre in candidates[::-1]:
-        if not kinds:
-            break
-        site = _try_site(rng, tissue, centre, sites, kind=kinds[-1], voxel_nm=voxel_nm)
-        if site is not None:
-            kinds.pop()
-            sites.append(site)
-    return sites
+            centre, radius = self._candidates[i], float(self._rng.uniform(*RADIUS_NM))
+            if self._is_crowded(centre, radius):
+                continue
+            site = _make_site(self._tissue, centre, radius, kind=left[-1], voxel_nm=self._voxel_nm)
+            if site is None or (wanted is not None and not wanted[len(site.posts)]):
+                continue
+            if wanted is not None:
+                wanted[len(site.posts)] -= 1
+            left.pop()
+            self.sites.append(site)
+            self._free &= self._gaps(site, self._candidates) >= RADIUS_NM[0] + GAP_NM
+
+    def _is_crowded(self, centre: NDArray[np.int64], radius: float) -> bool:
+        return any(self._gaps(site, centre[None])[0] < radius + GAP_NM for site in self.sites)
+
+    def _gaps(self, site: Site, places: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Give how far each place is from the site's ball, in nm."""
+        apart = np.linalg.norm((places - site.centre_zyx) * self._voxel_nm, axis=1)
+        return np.asarray(apart - site.radius_nm, dtype=np.float64)
 
 
 def _partner_counts(rng: np.random.Generator, synapses: int, polyadic: float) -> Counter[int]:
@@ -135,32 +157,26 @@ def _lookalike_kinds(rng: np.random.Generator, n: int) -> list[Kind]:
 
 def _candidates(
     rng: np.random.Generator, tissue: Tissue, voxel_nm: tuple[float, float, float]
-) -> list[NDArray[np.int64]]:
-    """Give voxels beside upright membranes, away from the volume's faces, in random order."""
+) -> NDArray[np.int64]:
+    """Give (N, 3) voxels beside upright membranes, away from the volume's faces, in random order."""
     size = np.array(tissue.neurons.shape)
     margin = np.minimum(np.ceil(np.array([110.0, 200.0, 200.0]) / voxel_nm), (size - 1) // 3).astype(int)
     inner = tuple(slice(m, n - m) for m, n in zip(margin, size, strict=True))
     near = (tissue.membrane_nm[inner] < 0.75 * max(voxel_nm[1:])) & (tissue.tilt[inner] < GREATEST_TILT)
     voxels = np.argwhere(near) + margin
     chosen = rng.permutation(len(voxels))[:TRIES]
-    return list(voxels[chosen])
+    return np.asarray(voxels[chosen], dtype=np.int64)
 
 
-def _try_site(
-    rng: np.random.Generator,
+def _make_site(
     tissue: Tissue,
     centre: NDArray[np.int64],
-    others: list[Site],
+    radius: float,
     *,
     kind: Kind,
     voxel_nm: tuple[float, float, float],
 ) -> Site | None:
     """Make a site at `centre` if the tissue there suits one."""
-    radius = float(rng.uniform(*RADIUS_NM))
-    for other in others:
-        gap = np.linalg.norm((centre - other.centre_zyx) * voxel_nm) - radius - other.radius_nm
-        if gap < GAP_NM:
-            return None
     pre = int(tissue.neurons[tuple(centre)])
     posts = _posts(tissue, centre, radius, pre, voxel_nm)
     if not posts:
@@ -204,7 +220,8 @@ def _reach(away: NDArray[np.float64]) -> NDArray[np.float64]:
 
     A round ball would end in sections that hold a sliver of the synapse, too faint for anyone to mark.
     """
-    return np.asarray(np.sqrt(np.sqrt(away[0] ** 4 + np.square(away[1] ** 2 + away[2] ** 2))))
+    z, y, x = np.square(away)
+    return np.asarray(np.sqrt(np.sqrt(np.square(z) + np.square(y + x))))
 
 
 def _posts(
