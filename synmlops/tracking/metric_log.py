@@ -70,15 +70,16 @@ class MetricLog:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             self._lock()
-            events = read_events(path)
-            self._size = events[-1].end if events else 0
+            self._size, self._lines = 0, 0
+            self._held: list[tuple[int | None, int, int]] = []  # hold, start and end of what is unsettled
+            for event in iter_events(path):
+                self._size, self._lines = event.end, self._lines + 1
+                self._replay(event)
             os.ftruncate(self._file, self._size)
         except BaseException:
             os.close(self._file)
             raise
-        self.is_new = not events
-        self._lines = len(events)
-        self._held = [(event.hold, event.start, event.end) for event in _unsettled(events)]
+        self.is_new = self._lines == 0
 
     def append(self, kind: str, body: Mapping[str, Any], *, hold: int | None = None) -> None:
         """Write one event; it is in the file when this returns.
@@ -158,6 +159,15 @@ class MetricLog:
         self._size += len(data)
         self._lines += 1
 
+    def _replay(self, event: Event) -> None:
+        """Take in a line that is in the file already."""
+        if event.kind == "commit":
+            self._held = [held for held in self._held if held[2] > event.body["upto"]]
+        elif event.kind == "rewind" or (event.kind == "close" and event.body["keep_held"] is not None):
+            self._held = []
+        elif event.kind != "close" and (event.hold is not None or self._held):
+            self._held.append((event.hold, event.start, event.end))
+
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -226,7 +236,7 @@ class LogReader:
         self._pending.clear()
 
 
-def read_events(path: Path) -> list[Event]:
+def iter_events(path: Path) -> Iterator[Event]:
     """Read all whole lines of a metric log, settled or not.
 
     Raises
@@ -234,15 +244,13 @@ def read_events(path: Path) -> list[Event]:
     SynmlopsError
         If a line is damaged.
     """
-    if not path.exists():
-        return []
-    events, position = [], 0
-    with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                events.append(_parse(line, position, path=path))
-                position += len(line)
-    return events
+    position = 0
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    yield _parse(line, position, path=path)
+                    position += len(line)
 
 
 def settled_steps(path: Path) -> dict[str, int]:
@@ -265,19 +273,6 @@ def reserved(path: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
-
-
-def _unsettled(events: list[Event]) -> list[Event]:
-    """Give the events still held after the last line, and the free ones between them."""
-    pending: list[Event] = []
-    for event in events:
-        if event.kind == "commit":
-            pending = [held for held in pending if held.end > event.body["upto"]]
-        elif event.kind == "rewind" or (event.kind == "close" and event.body["keep_held"] is not None):
-            pending = []
-        elif event.kind != "close" and (event.hold is not None or pending):
-            pending.append(event)
-    return pending
 
 
 def _parse(line: bytes, start: int, *, path: Path) -> Event:

@@ -27,7 +27,7 @@ from types import FrameType, TracebackType
 from typing import Any, Literal, Self
 
 from synmlops.params import SynmlopsError
-from synmlops.tracking.delivery import Delivery, Opening, Progress
+from synmlops.tracking.delivery import Delivery
 from synmlops.tracking.lineage import (
     Lineage,
     experiment_name,
@@ -37,9 +37,10 @@ from synmlops.tracking.lineage import (
     state_folder,
     tracking_uri,
 )
-from synmlops.tracking.metric_log import MetricLog, read_events, settled_steps
+from synmlops.tracking.metric_log import MetricLog, iter_events, settled_steps
 from synmlops.tracking.record import Flat, RunRecord
 from synmlops.tracking.sender import Sender, Synced, sync
+from synmlops.tracking.sidecar import Opening, Progress
 from synmlops.tracking.system_metrics import SystemMetrics
 from synmlops.volumes.files import plain_write_errors, sha256_of
 
@@ -432,7 +433,7 @@ class StageRun:
         return True
 
     def _last_commit(self) -> int:
-        steps = [e.body["step"] for e in read_events(self._log.path) if e.kind == "commit"]
+        steps = [e.body["step"] for e in iter_events(self._log.path) if e.kind == "commit"]
         return max((step for step in steps if step is not None), default=0)
 
     def _likely_key(self) -> str:
@@ -442,7 +443,7 @@ class StageRun:
         others = (log for log in folder.glob(f"{opening.stage}-*.jsonl") if log != self._log.path)
         if opening.child_key is not None and any(_is_complete(log) for log in others):
             if self._finished and not self._sender.is_alive():
-                self._delivery.choose(opening.child_key)
+                self._delivery.progress.choose(opening.child_key)
             return opening.child_key
         return opening.key
 
@@ -460,8 +461,11 @@ def _logs(root: Path) -> Path:
 
 
 def _is_complete(log: Path) -> bool:
-    ends = [event for event in read_events(log) if event.kind == "close"]
-    return bool(ends) and ends[-1].body["status"] == "FINISHED"
+    complete = False
+    for event in iter_events(log):
+        if event.kind == "close":
+            complete = event.body["status"] == "FINISHED"
+    return complete
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from synmlops.params import SynmlopsError
-from synmlops.tracking.delivery import STAGE_TAG, Delivery
+from synmlops.tracking.delivery import FAILURE_TAG, Delivery
 from synmlops.tracking.lineage import project_root, state_folder
-from synmlops.tracking.metric_log import read_events, reserved
+from synmlops.tracking.metric_log import iter_events, reserved
+from synmlops.tracking.placing import place
 from synmlops.tracking.store import KnownRun, RunGone, Store, Unreachable
 
 _PAUSE_SECONDS = 0.5  # between two batches
 _LONGEST_WAIT_SECONDS = 60.0  # between two tries while the store is away
+_FOREVER = 2**62
 _LAST_TRIES = 3  # once the stage has ended and the store does not answer
 
 
@@ -38,6 +40,7 @@ class Sender(threading.Thread):
         self._served = 0  # ... of which so many were dealt with
         self._hurry = False  # try now, even if the store was away a moment ago
         self._ending = False
+        self._all_sent = False  # set at the very end, so that a thread that died does not look content
         self.run_known: KnownRun | None = None
         self.trouble: str | None = None  # why the last try failed
 
@@ -68,10 +71,20 @@ class Sender(threading.Thread):
             self._ending = True
             self._bell.notify_all()
         self.join(seconds)
-        return not self.is_alive() and self.trouble is None
+        return self._all_sent
 
     def run(self) -> None:
         """Send until the stage ends; on its own thread."""
+        try:
+            self._run()
+        finally:
+            with self._bell:  # nobody shall wait for a thread that is no more, whatever ended it
+                if not self._all_sent and self.trouble is None:
+                    self.trouble = "the sending thread stopped"
+                self._served = _FOREVER
+                self._bell.notify_all()
+
+    def _run(self) -> None:
         backoff = 0.0
         tries_left = _LAST_TRIES
         while tries_left:
@@ -83,6 +96,7 @@ class Sender(threading.Thread):
                 self.trouble, self._served = trouble, asked
                 self._bell.notify_all()
                 if hopeless or (ending and trouble is None):
+                    self._all_sent = trouble is None
                     return
                 tries_left -= ending
                 pause = _PAUSE_SECONDS
@@ -110,7 +124,7 @@ class Sender(threading.Thread):
         if self._store is None:
             self._store = Store.open(self._root, experiment=self._delivery.opening.experiment)
         if self.run_known is None:
-            known = self._delivery.resolve(self._store)
+            known = place(self._delivery, self._store)
             with self._bell:
                 self.run_known = known
                 self._bell.notify_all()
@@ -166,7 +180,9 @@ def _sync_log(root: Path, log: Path, note: Callable[[str], None]) -> bool | None
     """Send one log; None if there was nothing to send."""
     delivery = Delivery(log, note=note)
     progress = delivery.progress
-    ended = any(event.kind == "close" for event in read_events(log)[-3:])
+    ended = False
+    for event in iter_events(log):
+        ended = event.kind == "close" or (ended and event.kind != "resume")
     if progress.latest is not None and delivery.unsent() == 0 and ended:
         return None
     store = Store.open(root, experiment=delivery.opening.experiment)
@@ -176,7 +192,7 @@ def _sync_log(root: Path, log: Path, note: Callable[[str], None]) -> bool | None
             f"than {store.shown}; delete the file to forget them"
         )
         return False
-    run = delivery.resolve(store)
+    run = place(delivery, store)
     delivery.push(store, run)
     delivery.push_later(store, run)
     if not ended:
@@ -187,8 +203,8 @@ def _sync_log(root: Path, log: Path, note: Callable[[str], None]) -> bool | None
 def _mark_killed(store: Store, run: KnownRun, delivery: Delivery) -> None:
     opening = delivery.opening
     now = store.get(run.run_id)
-    mark = STAGE_TAG + opening.stage
+    mark = opening.stage_tag
     if now is not None and now.tags.get(mark, "").endswith(opening.attempt):
         reason = f"{opening.stage}: ended without a word"
-        store.set_tags(run.run_id, {mark: "killed", "synmlops.failure": reason})
+        store.set_tags(run.run_id, {mark: "killed", FAILURE_TAG: reason})
         store.set_status(run.run_id, "KILLED", time_ms=int(time.time() * 1000))

@@ -7,6 +7,7 @@
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,10 +149,21 @@ class Store:
         """Log params; one already there with the same value is no error, with another one is Refused."""
         from mlflow.entities import Param
 
+        refused = []
         items = [Param(name, text_of(value)) for name, value in params.items()]
-        for first in range(0, len(items), _PER_CALL):
-            with _store_errors(self.shown):
-                self._client.log_batch(run_id, params=items[first : first + _PER_CALL])
+        batches = [items[first : first + _PER_CALL] for first in range(0, len(items), _PER_CALL)]
+        while batches:
+            batch = batches.pop(0)
+            try:
+                with _store_errors(self.shown):
+                    self._client.log_batch(run_id, params=batch)
+            except Refused as error:
+                if len(batch) == 1:
+                    refused.append(str(error))
+                else:
+                    batches = [[item] for item in batch] + batches
+        if refused:
+            raise Refused("; ".join(refused))
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags; an empty value removes the tag."""
@@ -272,4 +284,5 @@ def _known(run: "Run") -> KnownRun:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"://[^/@\s]+@", "://", text)  # credentials in an address
     return text if len(text) <= 300 else text[:297] + "..."
