@@ -5,6 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import TinyProject, make_blobs, pairs_in, tiny_params
+
+from synmlops.params import DataParams
+from synmlops.stages.prepare import run as run_prepare
+from synmlops.volumes.prepared import ROLES
 
 
 @pytest.fixture
@@ -19,3 +24,15 @@ def shared() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def tiny_project(tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
+    """Prepare three volumes of blobs, one for each role; nothing may write there."""
+    root = tmp_path_factory.mktemp("tiny")
+    paths = {role: make_blobs(n).write(root / f"{role}.h5") for n, role in enumerate(ROLES)}
+    data = DataParams(
+        train=pairs_in(paths["train"]), validation=pairs_in(paths["validation"]), test=pairs_in(paths["test"])
+    )
+    manifest, _ = run_prepare(data, out=root / "prepared")
+    return TinyProject(root / "prepared", manifest, tiny_params(data))

@@ -14,7 +14,17 @@ from synmlops.volumes.files import atomic_folder
 from synmlops.volumes.labels import Intensities
 from synmlops.volumes.phantom import make_phantom
 from synmlops.volumes.prepared import ROLES, Box, Fold, Manifest, PreparedVolume, Region, write_manifest
-from synmlops.volumes.preparing import Preparation, Source, list_sources, prepare_volume, write_phantom
+from synmlops.volumes.preparing import (
+    Preparation,
+    Source,
+    distinct_names,
+    list_sources,
+    prepare_volume,
+    write_phantom,
+)
+
+VOXEL_TOLERANCE = 0.1
+"""Greatest relative difference between the voxel sizes of volumes that one model is trained on."""
 
 
 def run(data: DataParams, *, out: Path) -> tuple[Manifest, list[str]]:
@@ -32,19 +42,19 @@ def run(data: DataParams, *, out: Path) -> tuple[Manifest, list[str]]:
         If a volume is not what it should be; an earlier OUT stays as it was.
     """
     with TemporaryDirectory(prefix="synmlops-") as scratch, atomic_folder(out) as folder:
-        by_role = {role: list(_sources(data, role, Path(scratch))) for role in ROLES}
-        _refuse_same_name(by_role)
-        done: dict[str, Preparation] = {}
-        with track("prepare", sum(map(len, by_role.values()))) as report:
-            for source in (source for sources in by_role.values() for source in sources):
-                done[source.name] = prepare_volume(
-                    source, folder, voxel_nm=data.voxel_nm, pool_zyx=data.pool_zyx
-                )
-                report(len(done), source.name)
-        train = [done[source.name] for source in by_role["train"]]
-        grey = _pooled_intensities(train)
-        volumes = {name: one.volume for name, one in done.items()}
-        regions = {role: [_whole(volumes[source.name]) for source in by_role[role]] for role in ROLES}
+        plan = _plan(data)
+        done: dict[str, list[Preparation]] = {role: [] for role in ROLES}
+        with track("prepare", len(plan)) as report:
+            for n, (role, planned) in enumerate(plan, start=1):
+                source = _source(planned, data, Path(scratch))
+                one = prepare_volume(source, folder, voxel_nm=data.voxel_nm, pool_zyx=data.pool_zyx)
+                done[role].append(one)
+                report(n, source.name)
+        prepared = [one for role in ROLES for one in done[role]]
+        _refuse_mixture(prepared)
+        grey = Intensities(np.sum([one.intensities.counts for one in done["train"]], axis=0))
+        volumes = {one.volume.path.stem: _without_scratch(one.volume, Path(scratch)) for one in prepared}
+        regions = {role: [_whole(one.volume) for one in done[role]] for role in ROLES}
         folds = (
             tuple(folds_by_band(regions["train"], data.split))
             if data.split is not None
@@ -52,7 +62,7 @@ def run(data: DataParams, *, out: Path) -> tuple[Manifest, list[str]]:
         )
         manifest = Manifest(volumes, folds, mean=grey.mean, std=grey.std)
         write_manifest(manifest, folder)
-    notes = [f"{one.volume.sources['label']}: {note}" for one in done.values() for note in one.notes]
+    notes = [f"{one.volume.sources['label']}: {note}" for one in prepared for note in one.notes]
     return _moved(manifest, out), notes
 
 
@@ -92,15 +102,23 @@ def _cut(region: Region, axis: int, start: int, stop: int) -> Region:
     return Region(f"{region.volume}_{'zyx'[axis]}{start}", region.volume, box)
 
 
-def _sources(data: DataParams, role: str, scratch: Path) -> Iterator[Source]:
+def _plan(data: DataParams) -> list[tuple[str, Source | int]]:
+    """List what is to be prepared, with its role: volumes in files, or seeds of phantoms yet to be made."""
     if data.phantom is not None:
-        seeds: tuple[int, ...] = getattr(data.phantom, f"{role}_seeds")
-        for seed in seeds:
-            yield phantom_source(data.phantom, seed, scratch)
-    else:
-        volumes = getattr(data, role)
-        if volumes is not None:
-            yield from list_sources(volumes, role=role)
+        return [(role, seed) for role in ROLES for seed in getattr(data.phantom, f"{role}_seeds")]
+    given = {role: volumes for role in ROLES if (volumes := getattr(data, role)) is not None}
+    sources = [(role, one) for role, volumes in given.items() for one in list_sources(volumes, role=role)]
+    _refuse_shared(sources)
+    names = distinct_names([one.name for _, one in sources])
+    return [(role, replace(one, name=name)) for (role, one), name in zip(sources, names, strict=True)]
+
+
+def _source(planned: Source | int, data: DataParams, scratch: Path) -> Source:
+    """Give a planned volume; a phantom is made when its turn comes."""
+    if isinstance(planned, Source):
+        return planned
+    assert data.phantom is not None  # only a phantom plans seeds
+    return phantom_source(data.phantom, planned, scratch)
 
 
 def phantom_source(phantom: PhantomParams, seed: int, folder: Path) -> Source:
@@ -114,22 +132,39 @@ def _whole(volume: PreparedVolume) -> Region:
     return Region(volume.path.stem, volume.path.stem, Box((0, 0, 0), volume.shape_zyx))
 
 
-def _pooled_intensities(preparations: list[Preparation]) -> Intensities:
-    """Add the grey levels of the training images up: the model's fixed normalisation."""
-    counts = [one.intensities.counts for one in preparations]
-    if len({len(c) for c in counts}) > 1:
-        raise SynmlopsError("data.train: some images are uint8 and some uint16; convert them to one type")
-    return Intensities(np.sum(counts, axis=0))
+def _refuse_shared(sources: list[tuple[str, Source]]) -> None:
+    """Refuse one image in two roles: what is tested on must not be trained on."""
+    role_of: dict[str, str] = {}
+    for role, source in sources:
+        first = role_of.setdefault(source.image, role)
+        if first != role:
+            raise SynmlopsError(
+                f"data.{role}.image: {source.image} stands in data.{first}.image too; give each role tissue "
+                "of its own, or set data.split to divide it by region"
+            )
 
 
-def _refuse_same_name(by_role: dict[str, list[Source]]) -> None:
-    names = [source.name for sources in by_role.values() for source in sources]
-    double = next((name for name in names if names.count(name) > 1), None)
-    if double is not None:
-        raise SynmlopsError(
-            f"data: two volumes of different roles are called {double}; rename one, or check that test "
-            "tissue is not trained on"
-        )
+def _refuse_mixture(prepared: list[Preparation]) -> None:
+    """Refuse volumes that one model cannot serve: grey levels and voxel size are those of the first."""
+    first = prepared[0]
+    for one in prepared[1:]:
+        image, other = one.volume.sources["image"], first.volume.sources["image"]
+        dtypes = one.volume.image.dtype, first.volume.image.dtype
+        if dtypes[0] != dtypes[1]:
+            raise SynmlopsError(
+                f"{image}: is {dtypes[0]}, but {other} is {dtypes[1]}; convert all images to one type"
+            )
+        sizes = one.volume.grid.voxel_nm, first.volume.grid.voxel_nm
+        if not np.allclose(*sizes, rtol=VOXEL_TOLERANCE):
+            raise SynmlopsError(
+                f"{image}: voxels of {sizes[0]} nm, but {other} has {sizes[1]}; resample it, or leave it out"
+            )
+
+
+def _without_scratch(volume: PreparedVolume, scratch: Path) -> PreparedVolume:
+    """Name a phantom's files without their temporary folder, so that a seed always gives the same bytes."""
+    sources = {part: path.removeprefix(f"{scratch}/") for part, path in volume.sources.items()}
+    return replace(volume, sources=sources)
 
 
 def _moved(manifest: Manifest, folder: Path) -> Manifest:

@@ -14,15 +14,15 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from synmlops.params import CHANNELS, LabelKind, SynmlopsError
 from synmlops.volumes.files import atomic_path
-from synmlops.volumes.store import Grid
+from synmlops.volumes.hdf5 import list_datasets
+from synmlops.volumes.store import Grid, open_volume
 
 BACKGROUND, PRE, POST, SIDE_UNKNOWN, UNTRUSTED = 0, 1, 2, 3, 255
 """Codes of the `sides` dataset."""
@@ -113,8 +113,10 @@ class PreparedVolume:
 
     def read(self, name: str, box: Box) -> NDArray[Any] | None:
         """Read a box of `label` or `neurons`; None if the volume has no such dataset."""
-        with h5py.File(self.path) as file:
-            return np.asarray(file[name][box.slices]) if name in file else None
+        if name not in list_datasets(self.path):
+            return None
+        with open_volume(f"{self.path}::{name}") as volume:
+            return volume[box.slices]
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -122,10 +124,10 @@ class PreparedVolume:
         return known_channels(self.kind)
 
     def _map(self, name: str) -> NDArray[Any]:
-        with h5py.File(self.path) as file:
-            dataset = cast(h5py.Dataset, file[name])
-            offset, shape, dtype = dataset.id.get_offset(), dataset.shape, dataset.dtype
-        return np.memmap(self.path, dtype=dtype, mode="r", offset=offset, shape=shape)
+        with open_volume(f"{self.path}::{name}") as volume:
+            mapped = volume.memmap()
+        assert mapped is not None  # prepare compresses nothing
+        return mapped
 
 
 @dataclass(frozen=True)
@@ -176,15 +178,19 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / "manifest.json"
     try:
-        tree = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        manifest = _manifest_from(json.loads(path.read_text()), folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SynmlopsError(
             f"{path}: is missing or broken ({error}); run `synmlops prepare`, or `dvc checkout` the last one"
         ) from error
-    volumes = {name: _volume_from(tree, folder) for name, tree in tree["volumes"].items()}
-    for volume in volumes.values():
+    for volume in manifest.volumes.values():
         if not volume.path.exists():
             raise SynmlopsError(f"{volume.path}: is missing; run `synmlops prepare` or `dvc checkout` again")
+    return manifest
+
+
+def _manifest_from(tree: dict[str, Any], folder: Path) -> Manifest:
+    volumes = {name: _volume_from(tree, folder) for name, tree in tree["volumes"].items()}
     folds = tuple(
         Fold(
             name=fold["name"],

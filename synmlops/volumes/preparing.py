@@ -4,10 +4,12 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from synmlops.params import LabelKind, SynmlopsError, VolumeSet
@@ -66,7 +68,8 @@ def list_sources(volumes: VolumeSet, *, role: str) -> list[Source]:
     Raises
     ------
     SynmlopsError
-        If the lists differ in length, or a label is given without its kind.
+        If the lists differ in length, a label is given without its kind or a kind without its label, or a
+        training volume has no label.
 
     Examples
     --------
@@ -80,6 +83,8 @@ def list_sources(volumes: VolumeSet, *, role: str) -> list[Source]:
             f"data.{role}.label_kind is missing; say pairs, semantic or union "
             "(`synmlops inspect` shows what a label looks like)"
         )
+    if volumes.label is None and (role == "train" or volumes.label_kind is not None):
+        raise SynmlopsError(f"data.{role}.label is missing; give a label for each image")
     kinds: Sequence[LabelKind] = (
         (volumes.label_kind,) if isinstance(volumes.label_kind, str) else volumes.label_kind or ()
     )
@@ -90,22 +95,45 @@ def list_sources(volumes: VolumeSet, *, role: str) -> list[Source]:
     each_kind = _one_each(
         list(kinds) * (len(images) if len(kinds) == 1 else 1), len(images), f"data.{role}.label_kind"
     )
-    stems = [Path(image.partition("::")[0]).stem for image in images]
+    names = distinct_names([Path(image.partition("::")[0]).stem for image in images])
     return [
         Source(
-            name=stem if stems.count(stem) == 1 else f"{stem}_{n + 1}",
+            name=name,
             image=images[n],
             kind=each_kind[n],
             **{name: values[n] for name, values in lists.items()},
         )
-        for n, stem in enumerate(stems)
+        for n, name in enumerate(names)
     ]
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """Number names that come up more than once.
+
+    Examples
+    --------
+    >>> distinct_names(["raw", "raw", "other", "raw_1"])
+    ['raw_2', 'raw_3', 'other', 'raw_1']
+    """
+    taken = {name for name in names if names.count(name) == 1}
+    distinct = []
+    for name in names:
+        if names.count(name) > 1:
+            numbered = (f"{name}_{n}" for n in count(1))
+            name = next(one for one in numbered if one not in taken)
+            taken.add(name)
+        distinct.append(name)
+    return distinct
 
 
 def write_phantom(phantom: Phantom, folder: Path, name: str) -> Source:
     """Write FOLDER/NAME.h5 (image, label, neurons) and FOLDER/NAME.partners.parquet."""
     path, partners = folder / f"{name}.h5", folder / f"{name}.partners.parquet"
-    arrays: dict[str, NDArray[Any]] = {"image": phantom.image, "label": phantom.labels, "neurons": phantom.neurons}
+    arrays: dict[str, NDArray[Any]] = {
+        "image": phantom.image,
+        "label": phantom.labels,
+        "neurons": phantom.neurons,
+    }
     write_hdf5(path, arrays, grid=phantom.grid, attrs={"label_kind": "pairs"})
     write_table(phantom.partners, partners)
     return Source(
@@ -146,6 +174,7 @@ def prepare_volume(
         image, label, mask = parts["image"], parts.get("label"), parts.get("mask")
         _check_shapes(parts, pool_zyx)
         grid = _grid_of(image, voxel_nm).pooled(pool_zyx)
+        table = _read_partners(source, grid=grid, pool_zyx=pool_zyx)
         check_image(image)
         if "neurons" in parts:
             _check_neurons(parts["neurons"])
@@ -168,6 +197,9 @@ def prepare_volume(
             if "neurons" in parts:
                 for z, slab in pooled_slabs(parts["neurons"], pool_zyx, pool_label):
                     out["neurons"][z : z + len(slab)] = slab
+    partners = folder / f"{source.name}.partners.parquet" if table is not None else None
+    if table is not None and partners is not None:
+        write_table(table, partners)
     volume = PreparedVolume(
         path=path,
         shape_zyx=(shape[0], shape[1], shape[2]),
@@ -175,7 +207,7 @@ def prepare_volume(
         grid=grid,
         sources=source.paths,
         sha256={name: digest_of(where) for name, where in source.paths.items()},
-        partners=_copy_partners(source, folder),
+        partners=partners,
     )
     return Preparation(volume, intensities, summary, summary.problems if summary else ())
 
@@ -238,6 +270,11 @@ def _write_label(
     for sums in foreground_sums(trusted_foreground(), dtype=out["foreground_sum"].dtype):
         out["foreground_sum"][row : row + len(sums)] = sums
         row += len(sums)
+    if not out["foreground_sum"][-1, -1, -1]:
+        raise SynmlopsError(
+            f"{label.name}: has no foreground left where the mask trusts it and pooling keeps it; "
+            "check the mask, or leave the volume out"
+        )
 
 
 def _check_shapes(parts: dict[str, Volume], pool_zyx: tuple[int, int, int]) -> None:
@@ -269,7 +306,8 @@ def _grid_of(image: Volume, voxel_nm: Nm | None) -> Grid:
     return image.grid
 
 
-def _copy_partners(source: Source, folder: Path) -> Path | None:
+def _read_partners(source: Source, *, grid: Grid, pool_zyx: tuple[int, int, int]) -> pd.DataFrame | None:
+    """Read the true table; its voxel indices and boxes become those of the pooled volume."""
     if source.partners is None:
         return None
     try:
@@ -278,9 +316,13 @@ def _copy_partners(source: Source, folder: Path) -> Path | None:
         raise SynmlopsError(
             f"{source.partners}: not a readable partner table ({error}); make it again"
         ) from error
-    path = folder / f"{source.name}.partners.parquet"
-    write_table(table, path)
-    return path
+    for axis, n, offset, size in zip("zyx", pool_zyx, grid.offset_nm, grid.voxel_nm, strict=True):
+        if n > 1:
+            for side in ("pre", "post"):
+                table[f"{side}_{axis}"] = np.rint((table[f"{side}_{axis}_nm"] - offset) / size)
+            table[f"{axis}0"] //= n
+            table[f"{axis}1"] = -(-table[f"{axis}1"] // n)
+    return table
 
 
 def _one_each(values: Sequence[T], n: int, key: str) -> list[T | None]:
