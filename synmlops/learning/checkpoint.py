@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -78,7 +80,12 @@ def read_meta(path: Path) -> ModelMeta:
         raise SynmlopsError(
             f"{path}: has no synmlops header, so its network is unknown; use a file of `synmlops train`"
         )
-    return ModelMeta.model_validate_json(header)
+    try:
+        return ModelMeta.model_validate_json(header)
+    except ValidationError as error:
+        raise SynmlopsError(
+            f"{path}: its header is of another version of synmlops ({_first_line(error)}); train again"
+        ) from error
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -100,6 +107,13 @@ def load_state(path: Path) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise SynmlopsError(f"{path}: broken checkpoint ({error}); delete it to start over") from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, UnpicklingError) as error:
+        raise SynmlopsError(
+            f"{path}: broken checkpoint ({_first_line(error)}); delete it to start over"
+        ) from error
     return state
+
+
+def _first_line(error: Exception) -> str:
+    """Leave out the advice that torch and pydantic add, which is not for the user of a command."""
+    return str(error).partition("\n")[0].partition(" (1)")[0]

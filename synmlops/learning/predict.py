@@ -60,8 +60,8 @@ def predict(
     )
     padded = tuple(max(w, n) for w, n in zip(window, image.shape, strict=True))
     starts = [_starts(n, w, params.overlap) for n, w in zip(padded, window, strict=True)]
-    blend = [_blend(s, w, n) for s, w, n in zip(starts, window, padded, strict=True)]
     device = next(model.network.parameters()).device
+    blend = [_blend(s, w, n, device) for s, w, n in zip(starts, window, padded, strict=True)]
     corners = [(iy, ix) for iy in range(len(starts[1])) for ix in range(len(starts[2]))]
     total = len(starts[0]) * len(corners)
     ahead = torch.zeros((len(CHANNELS), window[0], padded[1], padded[2]), device=device)
@@ -74,7 +74,7 @@ def predict(
             logits = _forward(model, torch.stack([slab[:, y, x] for y, x in views]), params.precision)
             for (iy, ix), (y, x), probability in zip(batch, views, torch.sigmoid(logits), strict=True):
                 weight = blend[0][iz][:, None, None] * blend[1][iy][:, None] * blend[2][ix]
-                ahead[:, :, y, x] += probability * weight.to(device)
+                ahead[:, :, y, x] += probability * weight
             progress(iz * len(corners) + first + len(batch), total)
         following = starts[0][iz + 1] if iz + 1 < len(starts[0]) else z0 + window[0]
         done = min(following, depth) - z0
@@ -121,11 +121,11 @@ def _starts(n: int, window: int, overlap: float) -> list[int]:
     return [*inner, n - window]
 
 
-def _blend(starts: list[int], window: int, n: int) -> list[Tensor]:
+def _blend(starts: list[int], window: int, n: int, device: torch.device) -> list[Tensor]:
     """Weights of each window along an axis; over all windows they add up to 1 in every voxel."""
-    rise = torch.arange(1, window + 1, dtype=torch.float32)
+    rise = torch.arange(1, window + 1, dtype=torch.float32, device=device)
     tent = torch.minimum(rise, rise.flip(0)) ** 2  # a window's border sees least context, so it counts least
-    total = torch.zeros(n)
+    total = torch.zeros(n, device=device)
     for start in starts:
         total[start : start + window] += tent
     return [tent / total[start : start + window] for start in starts]

@@ -15,6 +15,8 @@ from synmlops.volumes.labels import count_in
 from synmlops.volumes.prepared import Box, PreparedVolume
 
 _DRAWS_AT_ONCE = 32
+MOST_DRAWS = 320_000
+"""So many poor patches in a row mean that there are no rich ones."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,15 @@ class PatchSampler:
         positions = self._spans.prod(axis=1)
         self._shares = positions / positions.sum()
         if not any(self._foreground(region) for region in regions):
-            raise SynmlopsError("training regions hold no synapse voxel; give a label with foreground")
+            paths = ", ".join(dict.fromkeys(str(region.volume.path) for region in regions))
+            raise SynmlopsError(
+                f"{paths}: the training regions hold no synapse voxel; give a label with foreground there"
+            )
 
     def draw(self, step: int, index: int) -> Patch:
         """Draw patch `index` of the global batch at `step`."""
         rng = np.random.default_rng([self._seed, step, index])
-        for _ in range(10_000):
+        for _ in range(MOST_DRAWS // _DRAWS_AT_ONCE):
             which = rng.choice(len(self._regions), size=_DRAWS_AT_ONCE, p=self._shares)
             offsets = rng.integers(0, self._spans[which])
             kept = rng.random(_DRAWS_AT_ONCE) >= self._params.reject_probability
@@ -78,7 +83,7 @@ class PatchSampler:
                     return self._cut(int(which[draw]), start, rng)
         raise SynmlopsError(
             f"no patch of {self._params.patch_zyx} with {self._params.reject_below} foreground voxels in "
-            "320 000 draws; lower sampling.reject_below or sampling.reject_probability"
+            f"{MOST_DRAWS} draws; lower sampling.reject_below or sampling.reject_probability"
         )
 
     def _is_rich(self, region: TrainRegion, start: NDArray[np.int_]) -> bool:
