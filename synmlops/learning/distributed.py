@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from synmlops.learning.launch import is_worker
 from synmlops.params import SynmlopsError
+
+PATIENCE = timedelta(hours=6)
+"""How long ranks wait for the first to validate; that one has died is noticed by the launcher, at once."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,16 @@ def joined_ranks(gpus: int | None = None) -> Iterator[Ranks]:
         yield Ranks(rank=0, n_ranks=1, device=pick_device(gpus))
         return
     rank, n_ranks, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    on_gpu = count_gpus() > 0 and gpus != 0
+    on_gpu = check_gpus(gpus) > 0
+    if on_gpu and local >= count_gpus():
+        raise SynmlopsError(
+            f"process {local} wants a GPU of its own, this machine has {count_gpus()}; start fewer, or use "
+            "--gpus 0"
+        )
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
         yield Ranks(rank, n_ranks, device)
     finally:

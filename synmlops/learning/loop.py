@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -29,7 +29,7 @@ from synmlops.params import (
 )
 
 LOG_EVERY = 10
-"""Steps between two points of the loss curve; each is the mean over these steps."""
+"""Steps between two points of the loss curve, a checkpoint adding one; each is the mean since the last."""
 
 Row = dict[str, float]
 
@@ -116,21 +116,23 @@ def fit(
     sampler = PatchSampler(regions, params=recipe.sampling, seed=recipe.seed)
     train, progress = recipe.train, trainer.progress
     sums: dict[str, Tensor] = {}
+    n_summed = 0
     while progress.step < train.steps:
         step = progress.step = progress.step + 1
         loss = trainer.descend(_share_of_batch(sampler, recipe.sampling.batch_size, step, ranks))
         for name, value in {"loss": loss.total.detach(), **loss.terms}.items():
             sums[name] = sums.get(name, torch.zeros((), device=ranks.device)) + value
+        n_summed += 1
         is_last = step == train.steps
-        if step % LOG_EVERY == 0 or is_last:
-            n_steps = (step - 1) % LOG_EVERY + 1
-            row = {name: float(ranks.sum(total)) / ranks.n_ranks / n_steps for name, total in sums.items()}
-            sums = {}
+        is_saved = step % train.checkpoint_every == 0 or is_last
+        if step % LOG_EVERY == 0 or is_saved:  # a checkpoint leaves no sum behind, and is known to be finite
+            row = {name: float(ranks.sum(total)) / ranks.n_ranks / n_summed for name, total in sums.items()}
+            sums, n_summed = {}, 0
             _check_finite(row, step)
             trainer.note(row | {"learning_rate": trainer.learning_rate}, observer)
         if validate is not None and (step % train.validate_every == 0 or is_last):
             trainer.validate(validate, observer)
-        if step % train.checkpoint_every == 0 or is_last:
+        if is_saved:
             trainer.save(state_path, observer)
     last = trainer.averaged
     return Fitted(
@@ -172,7 +174,7 @@ class _Trainer:
         return learning_rate_at(self.progress.step, self.recipe.train)
 
     def descend(self, batch: "_Batch") -> LossTerms:
-        """Take one optimiser step on this rank's share of the batch."""
+        """Take one optimiser step on this rank's share of the batch; the terms hold the gradient norm too."""
         recipe, ranks = self.recipe, self.ranks
         image = (batch.image.to(ranks.device).float() - self.meta.mean) / self.meta.std
         sides = batch.sides.to(ranks.device)
@@ -186,12 +188,12 @@ class _Trainer:
         )
         self.optimizer.zero_grad()
         loss.total.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.network.parameters(), recipe.train.gradient_clip)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.train.gradient_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
         self._average()
-        return loss
+        return replace(loss, terms={**loss.terms, "gradient_norm": norm})
 
     def note(self, row: Row, observer: Observer) -> None:
         """Keep a point of the curves and tell the observer."""
@@ -230,10 +232,15 @@ class _Trainer:
         state = load_state(path)
         if state is None:
             return
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.averaged = {name: value.to(self.ranks.device) for name, value in state["averaged"].items()}
-        self.progress = Progress(**state["progress"])
+        try:
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.averaged = {name: value.to(self.ranks.device) for name, value in state["averaged"].items()}
+            self.progress = Progress(**state["progress"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise SynmlopsError(
+                f"{path}: a checkpoint of another version of synmlops ({error}); delete it to start over"
+            ) from error
 
     def _average(self) -> None:
         step = self.progress.step

@@ -1,0 +1,327 @@
+"""Training on one process: what it learns, keeps, resumes and refuses."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import TinyProject
+from torch import Tensor
+
+from synmlops.learning.checkpoint import Model, ModelMeta, load_state, save_state
+from synmlops.learning.distributed import Ranks
+from synmlops.learning.loop import LOG_EVERY, Fitted, Recipe, Row, fit, learning_rate_at
+from synmlops.learning.losses import LossTerms, compute_loss
+from synmlops.learning.network import build_network
+from synmlops.learning.sampling import TrainRegion
+from synmlops.params import CHANNELS, SynmlopsError, TrainParams
+from synmlops.volumes.prepared import Box
+
+ALONE = Ranks(rank=0, n_ranks=1, device=torch.device("cpu"))
+
+
+class Interrupted(Exception):
+    """What ends a training from outside."""
+
+
+@dataclass
+class Watcher:
+    """Remembers what it is told, and may interrupt once a step is saved or logged."""
+
+    stop_saved: int | None = None
+    stop_logged: int | None = None
+    rows: list[tuple[int, Row]] = field(default_factory=list)
+    saves: list[int] = field(default_factory=list)
+
+    def logged(self, step: int, row: Row) -> None:
+        self.rows.append((step, row))
+        if step == self.stop_logged:
+            raise Interrupted
+
+    def saved(self, step: int) -> None:
+        self.saves.append(step)
+        if step == self.stop_saved:
+            raise Interrupted
+
+
+def _validate(model: Model) -> float:
+    """Score by the weights alone, so that it depends on nothing but the model."""
+    return float(sum(value.double().abs().sum() for value in model.network.state_dict().values()))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is trained on; `fit` with some of the recipe changed."""
+
+    project: TinyProject
+    state: Path
+
+    def recipe(self, **train: Any) -> Recipe:
+        params = self.project.params
+        return Recipe(
+            network=params.network,
+            sampling=params.sampling,
+            augment=params.augment,
+            loss=params.loss,
+            train=params.train.model_copy(update=train),
+            seed=params.seed,
+        )
+
+    def fit(
+        self,
+        *,
+        recipe: Recipe | None = None,
+        observer: Watcher | None = None,
+        validate: Callable[[Model], float] | None = _validate,
+        ranks: Ranks = ALONE,
+        kind: Any = "pairs",
+        **train: Any,
+    ) -> Fitted:
+        recipe = recipe or self.recipe(**train)
+        volume = replace(self.project.manifest.volumes["train"], kind=kind)
+        meta = ModelMeta(
+            network=recipe.network, channels=CHANNELS, mean=128, std=20, voxel_nm=volume.grid.voxel_nm
+        )
+        return fit(
+            recipe,
+            [TrainRegion(volume, Box((0, 0, 0), volume.shape_zyx))],
+            meta=meta,
+            ranks=ranks,
+            state_path=self.state,
+            validate=validate,
+            observer=observer or Watcher(),
+        )
+
+    def at(self, name: str) -> "Bench":
+        """Give the same with a state file of its own."""
+        return replace(self, state=self.state.with_name(name))
+
+
+@pytest.fixture
+def bench(tiny_project: TinyProject, tmp_path: Path) -> Bench:
+    return Bench(tiny_project, tmp_path / "state.pt")
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [{"stop_saved": 4}, {"stop_saved": 8}, {"stop_saved": 12}, {"stop_logged": 6}, {"stop_logged": 10}],
+    ids=str,
+)
+def test_resumed_is_uninterrupted(bench: Bench, stop: dict[str, Any]) -> None:
+    """Wherever it is cut: weights bit by bit, best step, score and every point of the curves."""
+    whole = bench.at("whole.pt").fit()
+    with pytest.raises(Interrupted):
+        bench.fit(observer=Watcher(**stop))
+    resumed = bench.fit()
+    assert _same(resumed.last, whole.last)
+    assert _same(resumed.best, whole.best)
+    assert (resumed.best_step, resumed.best_score) == (whole.best_step, whole.best_score)
+    assert resumed.history == whole.history
+    curve = [row["step"] for row in resumed.history if "loss" in row]
+    assert curve == [4, 8, 10, 12]
+    assert [row["step"] for row in resumed.history if "validation_f1" in row] == [6, 12]
+
+
+def test_interrupted_twice(bench: Bench) -> None:
+    whole = bench.at("whole.pt").fit()
+    for stop in (4, 8):
+        with pytest.raises(Interrupted):
+            bench.fit(observer=Watcher(stop_saved=stop))
+    assert _same(bench.fit().last, whole.last)
+
+
+def test_a_finished_training_is_not_begun_again(bench: Bench) -> None:
+    done, watcher = bench.fit(), Watcher()
+    again = bench.fit(observer=watcher)
+    assert (watcher.rows, watcher.saves) == ([], [])
+    assert _same(again.last, done.last)
+    assert again.history == done.history
+
+
+def test_every_point_of_the_curve_is_the_mean_since_the_last(bench: Bench) -> None:
+    fine = bench.at("fine.pt").fit(validate=None, checkpoint_every=1).history
+    coarse = bench.fit(validate=None, checkpoint_every=4).history
+    assert [row["step"] for row in fine] == list(range(1, 13))
+    spans = {4: (0, 4), 8: (4, 8), LOG_EVERY: (8, 10), 12: (10, 12)}
+    assert [row["step"] for row in coarse] == list(spans)
+    for row in coarse:
+        low, high = spans[int(row["step"])]
+        for name in ("loss", "bce", "dice", "gradient_norm"):
+            mean = sum(point[name] for point in fine[low:high]) / (high - low)
+            assert row[name] == pytest.approx(mean, rel=1e-5)
+        assert row["learning_rate"] == fine[high - 1]["learning_rate"]
+
+
+def test_observer_hears_of_every_row_and_checkpoint(bench: Bench) -> None:
+    watcher = Watcher()
+    fitted = bench.fit(observer=watcher)
+    assert [{"step": float(step), **row} for step, row in watcher.rows] == fitted.history
+    assert watcher.saves == [4, 8, 12]
+
+
+def test_it_learns(bench: Bench) -> None:
+    history = bench.fit(validate=None, steps=60, checkpoint_every=20).history
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+
+
+def test_the_seed_decides(bench: Bench) -> None:
+    one = bench.fit(steps=2)
+    same = bench.at("same.pt").fit(steps=2)
+    other = bench.at("other.pt").fit(recipe=replace(bench.recipe(steps=2), seed=8))
+    assert _same(one.last, same.last)
+    assert not _same(one.last, other.last)
+
+
+def test_best_is_the_highest_validation_score_and_the_first_of_equals(bench: Bench) -> None:
+    scores = iter([0.2, 0.9, 0.9, 0.1])
+    seen: list[dict[str, Tensor]] = []
+
+    def validate(model: Model) -> float:
+        assert not model.network.training
+        seen.append({name: value.clone() for name, value in model.network.state_dict().items()})
+        return next(scores)
+
+    fitted = bench.fit(validate=validate, validate_every=3)
+    assert (fitted.best_step, fitted.best_score) == (6, 0.9)
+    assert _same(fitted.best, seen[1])
+    assert _same(fitted.last, seen[3])
+    assert not _same(fitted.best, fitted.last)
+
+
+def test_without_validation_the_last_weights_are_the_model(bench: Bench) -> None:
+    fitted = bench.fit(validate=None)
+    assert _same(fitted.best, fitted.last)
+    assert (fitted.best_step, fitted.best_score) == (12, None)
+
+
+def test_averaged_weights_follow_their_formula(bench: Bench) -> None:
+    """Averaged = decay x averaged + (1 - decay) x weights, decay being (1 + n) / (10 + n) up to `ema`."""
+    raw: list[dict[str, Tensor]] = []
+
+    class Keeper(Watcher):
+        def saved(self, step: int) -> None:
+            state = load_state(bench.state)
+            assert state is not None
+            raw.append(state["network"])
+
+    fitted = bench.fit(observer=Keeper(), validate=None, steps=5, checkpoint_every=1, ema=0.3)
+    torch.manual_seed(bench.project.params.seed)
+    averaged = build_network(bench.project.params.network).state_dict()
+    for step, weights in enumerate(raw, start=1):
+        decay = min(0.3, (1 + step) / (10 + step))
+        averaged = {name: decay * averaged[name] + (1 - decay) * weights[name] for name in averaged}
+    torch.testing.assert_close(fitted.last, averaged)
+    plain = bench.at("plain.pt").fit(validate=None, steps=5, checkpoint_every=5, ema=0.0)
+    state = load_state(bench.at("plain.pt").state)
+    assert state is not None
+    torch.testing.assert_close(plain.last, state["network"])
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    train = TrainParams(steps=100, warmup_steps=10, learning_rate=0.5)
+    rates = [learning_rate_at(step, train) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([0.05 * step for step in range(1, 11)])
+    assert all(before > after for before, after in pairwise(rates[9:]))
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
+    at_once = TrainParams(steps=100, warmup_steps=0, learning_rate=0.5)
+    assert learning_rate_at(1, at_once) == pytest.approx(0.5, rel=1e-3)
+    assert learning_rate_at(1, TrainParams(steps=1, warmup_steps=1, learning_rate=0.5)) == 0.5
+
+
+def test_optimiser_descends_at_the_rate_of_the_schedule(bench: Bench) -> None:
+    history = bench.fit(validate=None, checkpoint_every=1).history
+    train = bench.recipe().train
+    assert [row["learning_rate"] for row in history] == [learning_rate_at(n, train) for n in range(1, 13)]
+    state = load_state(bench.state)
+    assert state is not None
+    assert state["optimizer"]["param_groups"][0]["lr"] == history[-1]["learning_rate"]
+
+
+def _break_at(call: int, how: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., LossTerms]:
+    calls = 0
+
+    def broken(logits: Tensor, *args: Any, **kwargs: Any) -> LossTerms:
+        nonlocal calls
+        calls += 1
+        loss = compute_loss(logits, *args, **kwargs)
+        return replace(loss, total=how(loss.total, logits)) if calls == call else loss
+
+    return broken
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda total, logits: total * float("nan"),
+        lambda total, logits: total + float("inf"),
+        lambda total, logits: total + (0 * logits).sum().sqrt(),  # 0, but of slope nan
+    ],
+    ids=["nan", "inf", "gradient"],
+)
+@pytest.mark.parametrize("step", [5, 8])
+def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, how: Any, step: int
+) -> None:
+    whole = bench.at("whole.pt").fit()
+    monkeypatch.setattr("synmlops.learning.loop.compute_loss", _break_at(step, how))
+    watcher = Watcher()
+    with pytest.raises(SynmlopsError, match=r"stopped being finite at step 8; lower train.learning_rate"):
+        bench.fit(observer=watcher)
+    assert watcher.saves == [4]
+    monkeypatch.undo()
+    assert _same(bench.fit().last, whole.last)  # from the good checkpoint
+
+
+def test_a_learning_rate_far_too_high_stops(bench: Bench) -> None:
+    with pytest.raises(SynmlopsError, match="stopped being finite"):
+        bench.fit(learning_rate=1e30, validate=None)
+
+
+def test_union_labels_teach_only_the_union(bench: Bench) -> None:
+    """With weight decay off, the heads of unknown channels stay what they were."""
+    fitted = bench.fit(kind="union", validate=None, weight_decay=0.0)
+    torch.manual_seed(bench.project.params.seed)
+    before = build_network(bench.project.params.network).state_dict()["head.weight"]
+    changed = (fitted.last["head.weight"] - before).abs().flatten(1).amax(dim=1).reshape(3, -1) > 1e-6
+    assert changed.any(dim=1).tolist() == [False, False, True]
+
+
+def test_batch_that_ranks_cannot_share(bench: Bench) -> None:
+    with pytest.raises(SynmlopsError, match=r"sampling.batch_size: 2 cannot be shared by 3 .*multiple of 3"):
+        bench.fit(ranks=Ranks(0, 3, torch.device("cpu")))
+
+
+def test_batch_norm_over_cpu_processes_is_refused(bench: Bench) -> None:
+    network = bench.project.params.network.model_copy(update={"norm": "batch"})
+    with pytest.raises(SynmlopsError, match=r"network.norm: batch norm over several CPU processes"):
+        bench.fit(recipe=replace(bench.recipe(), network=network), ranks=Ranks(0, 2, torch.device("cpu")))
+
+
+def test_batch_norm_resumes_too(bench: Bench) -> None:
+    """Running statistics and their counters are part of the state and of the average."""
+    network = bench.project.params.network.model_copy(update={"norm": "batch"})
+    recipe = replace(bench.recipe(), network=network)
+    whole = bench.at("whole.pt").fit(recipe=recipe)
+    with pytest.raises(Interrupted):
+        bench.fit(recipe=recipe, observer=Watcher(stop_saved=4))
+    resumed = bench.fit(recipe=recipe)
+    assert _same(resumed.last, whole.last)
+    assert int(resumed.last["down_blocks.0.0.norm1.num_batches_tracked"]) == 12
+
+
+@pytest.mark.parametrize("missing", ["network", "optimizer", "averaged", "progress"])
+def test_checkpoint_of_another_version(bench: Bench, missing: str) -> None:
+    bench.fit(steps=2)
+    state = load_state(bench.state)
+    assert state is not None
+    del state[missing]
+    save_state(bench.state, state)
+    with pytest.raises(SynmlopsError, match=r"state.pt: a checkpoint of another version .*delete it"):
+        bench.fit()
