@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -158,7 +159,7 @@ def test_only_evaluate_again_goes_to_a_child_with_the_full_params(root: Path) ->
     inferred = attach("infer", train()).record
     attach("evaluate", inferred)
     before = mlflow_run(root, inferred)
-    for n, value in enumerate((0.6, 0.7)):
+    for n, value in enumerate((0.5, 0.7)):  # with the same params, too
         again = attach("evaluate", inferred, value=value).record
         assert again.parent_key == inferred.key
         child = mlflow_run(root, again)
@@ -249,8 +250,17 @@ def test_a_run_that_another_process_writes_is_left_to_it(root: Path) -> None:
     trained = train()
     store = Store.open(root, experiment="synmlops")
     assert trained.mlflow_run_id is not None
-    store.set_tags(trained.mlflow_run_id, {"synmlops.stage.infer": "running another-host 1 abcdef"})
+    store.set_tags(trained.mlflow_run_id, {"synmlops.stage.infer": "running another-host 4194400 abcdef"})
     assert attach("infer", trained).record.parent_key == trained.key
+
+
+def test_a_run_that_a_killed_process_wrote_is_taken_over(root: Path) -> None:
+    trained = train()
+    store = Store.open(root, experiment="synmlops")
+    assert trained.mlflow_run_id is not None
+    claim = f"running {socket.gethostname()} 4194400 abcdef"  # no system gives that process number
+    store.set_tags(trained.mlflow_run_id, {"synmlops.stage.infer": claim})
+    assert attach("infer", trained).record.key == trained.key
 
 
 def test_training_that_fails_shows_its_curve_and_a_resume_repeats_no_step(root: Path) -> None:

@@ -11,7 +11,7 @@ from synmlops.tracking.delivery import Delivery
 from synmlops.tracking.lineage import UNKNOWN
 from synmlops.tracking.metric_log import reserved
 from synmlops.tracking.record import RunRecord
-from synmlops.tracking.sidecar import STAGE_TAG, Opening, data_tags, opened_at, runs_folder
+from synmlops.tracking.sidecar import STAGE_TAG, Opening, Progress, data_tags, opened_at, runs_folder
 from synmlops.tracking.store import KEY_TAG, PARENT_TAG, KnownRun, Store, text_of
 
 
@@ -52,6 +52,7 @@ def _attached_run(delivery: Delivery, store: Store, record: RunRecord) -> KnownR
         child = store.find(key=opening.child_key, run_id=progress.latest)
         if child is not None:
             return child
+    _send_waiting(delivery, store, record)
     parent = store.find(key=record.key, run_id=record.mlflow_run_id) or _rebuild(delivery, store, record)
     _deliver_earlier(delivery, store, parent, record)
     if progress.key == record.key:
@@ -123,11 +124,11 @@ def _may_take_over(mark: str, opening: Opening) -> bool:
     if host != socket.gethostname() or not pid.isdigit():
         return False
     try:
-        os.kill(int(pid), 0)
+        os.kill(int(pid), 0)  # asks whether it is there
     except ProcessLookupError:
         return True
     except PermissionError:
-        return False
+        pass
     return False
 
 
@@ -166,8 +167,26 @@ def _rebuild(delivery: Delivery, store: Store, record: RunRecord) -> KnownRun:
     return run
 
 
+def _send_waiting(delivery: Delivery, store: Store, record: RunRecord) -> None:
+    """Send logs that no store has seen: of the stages before, and of older attempts at this one."""
+    folder, mine = delivery.log.parent, opened_at(delivery.log)
+    older = [log for log in folder.glob(f"{delivery.opening.stage}-*.jsonl") if opened_at(log) < mine]
+    before = [runs_folder(delivery.log) / name for name in record.logs.values()]
+    for log in (*before, *sorted(older, key=opened_at)):
+        if not log.exists():
+            continue
+        with reserved(log) as ours:
+            if not ours or Progress(log).runs:
+                continue
+            waiting = Delivery(log, note=delivery.note)
+            run = place(waiting, store)
+            waiting.push(store, run)
+            waiting.push_later(store, run)
+            delivery.note(f"sent what {waiting.opening.stage} could not, to run {run.key or run.run_id:.8}")
+
+
 def _deliver_earlier(delivery: Delivery, store: Store, run: KnownRun, record: RunRecord) -> None:
-    """Send what the stages before could not, or had sent to a run that is no more."""
+    """Send what the stages before have unsent, or had sent to a run that is no more."""
     for name in record.logs.values():
         log = runs_folder(delivery.log) / name
         if not log.exists():

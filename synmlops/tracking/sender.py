@@ -16,7 +16,7 @@ from synmlops.tracking.store import KnownRun, RunGone, Store, Unreachable
 _PAUSE_SECONDS = 0.5  # between two batches
 _LONGEST_WAIT_SECONDS = 60.0  # between two tries while the store is away
 _FOREVER = 2**62
-_LAST_TRIES = 3  # once the stage has ended and the store does not answer
+_LAST_TRIES = 2  # once the stage has ended and the store does not answer
 
 
 class Sender(threading.Thread):

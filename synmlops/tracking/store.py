@@ -24,9 +24,16 @@ KEY_TAG = "synmlops.run_key"
 PARENT_TAG = "mlflow.parentRunId"
 _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"})
 _MISSING = frozenset({"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"})
+_REQUEST_SECONDS = "15"
+_NO_ANSWER = {  # what requests and urllib3 say at length
+    "Connection refused": "does not answer (connection refused)",
+    "Failed to resolve": "does not answer (no such host)",
+    "timed out": f"does not answer in time (MLFLOW_HTTP_REQUEST_TIMEOUT, by default {_REQUEST_SECONDS} s)",
+    "Connection aborted": "broke the connection",
+    "Connection reset": "broke the connection",
+}
 _PER_CALL = 100  # params or tags MLflow takes in one call
 _MAX_PARAM = 6000  # characters
-_REQUEST_SECONDS = "15"
 
 
 class Unreachable(Exception):
@@ -283,6 +290,18 @@ def _known(run: "Run") -> KnownRun:
 
 
 def _one_line(error: BaseException) -> str:
+    """Put an error in one line without credentials.
+
+    Examples
+    --------
+    >>> _one_line(OSError("http://ann:secret@host/api: Connection refused"))
+    'does not answer (connection refused)'
+    >>> _one_line(OSError("GET http://ann:secret@host/api gave 502"))
+    'GET http://host/api gave 502'
+    """
     text = " ".join(str(error).split()) or type(error).__name__
+    for sign, plain in _NO_ANSWER.items():
+        if sign in text:
+            return plain
     text = re.sub(r"://[^/@\s]+@", "://", text)  # credentials in an address
     return text if len(text) <= 300 else text[:297] + "..."
