@@ -1,7 +1,7 @@
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from synmlops.learning.losses import compute_loss, dice_of_planes, foreground_weight
+from synmlops.learning.losses import compute_loss, dice_of_channels, foreground_weight
 from synmlops.params import LossParams
 
 PLAIN = LossParams(bce=1, dice=0, foreground_weight_clip=(0.5, 0.5))
@@ -84,7 +84,7 @@ def test_rare_foreground_weighs_more_and_the_share_is_clipped() -> None:
 def test_dice_falls_from_wrong_to_right() -> None:
     targets = torch.zeros(1, 1, 4, 20, 20)
     targets[..., :10] = 1
-    right = dice_of_planes(20 * (targets * 2 - 1), targets, torch.ones_like(targets))
-    wrong = dice_of_planes(-20 * (targets * 2 - 1), targets, torch.ones_like(targets))
+    right = dice_of_channels(20 * (targets * 2 - 1), targets, torch.ones_like(targets))
+    wrong = dice_of_channels(-20 * (targets * 2 - 1), targets, torch.ones_like(targets))
     assert right.item() < 0.01
     assert wrong.item() > 0.85

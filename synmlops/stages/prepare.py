@@ -1,7 +1,13 @@
 """The prepare stage: every volume checked and converted, and the division into train, validation and test."""
 
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,6 +28,9 @@ from synmlops.volumes.preparing import (
     prepare_volume,
     write_phantom,
 )
+
+WORTH_A_PROCESS = 2_000_000
+"""Voxels of a phantom that takes longer to make than a process takes to start."""
 
 VOXEL_TOLERANCE = 0.1
 """Greatest relative difference between the voxel sizes of volumes that one model is trained on."""
@@ -44,12 +53,12 @@ def run(data: DataParams, *, out: Path) -> tuple[Manifest, list[str]]:
     with TemporaryDirectory(prefix="synmlops-") as scratch, atomic_folder(out) as folder:
         plan = _plan(data)
         done: dict[str, list[Preparation]] = {role: [] for role in ROLES}
-        with track("prepare", len(plan)) as report:
-            for n, (role, planned) in enumerate(plan, start=1):
-                source = _source(planned, data, Path(scratch))
-                one = prepare_volume(source, folder, voxel_nm=data.voxel_nm, pool_zyx=data.pool_zyx)
+        job = partial(_prepare, data=data, scratch=Path(scratch), folder=folder)
+        with track("prepare", len(plan)) as report, _mapper(data) as map_jobs:
+            preparations = map_jobs(job, [planned for _, planned in plan])
+            for n, ((role, _), one) in enumerate(zip(plan, preparations, strict=True), start=1):
                 done[role].append(one)
-                report(n, source.name)
+                report(n, one.volume.path.stem)
         prepared = [one for role in ROLES for one in done[role]]
         _refuse_mixture(prepared)
         grey = Intensities(np.sum([one.intensities.counts for one in done["train"]], axis=0))
@@ -64,6 +73,23 @@ def run(data: DataParams, *, out: Path) -> tuple[Manifest, list[str]]:
         write_manifest(manifest, folder)
     notes = [f"{one.volume.sources['label']}: {note}" for one in prepared for note in one.notes]
     return _moved(manifest, out), notes
+
+
+def _prepare(planned: Source | int, *, data: DataParams, scratch: Path, folder: Path) -> Preparation:
+    """Prepare one volume; a phantom is made first."""
+    source = _source(planned, data, scratch)
+    return prepare_volume(source, folder, voxel_nm=data.voxel_nm, pool_zyx=data.pool_zyx)
+
+
+@contextmanager
+def _mapper(data: DataParams) -> Iterator[Callable[..., Iterable[Preparation]]]:
+    """Give `map`, over one process per core where phantoms are made that are worth the start of processes."""
+    cores = os.cpu_count() or 1
+    if data.phantom is None or math.prod(data.phantom.size_zyx) < WORTH_A_PROCESS or cores == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
+        yield pool.map
 
 
 def folds_by_band(regions: list[Region], split: SplitParams) -> Iterator[Fold]:

@@ -20,7 +20,8 @@ from synmlops.params import CHANNELS, Params, SynmlopsError, sections
 from synmlops.progress import Report, say, track
 from synmlops.synapses.voxels import Histogram, add_by_key, voxel_histograms
 from synmlops.tracking.lineage import project_root
-from synmlops.tracking.runs import Context, RunRecord, StageRun
+from synmlops.tracking.recorder import Context
+from synmlops.tracking.runs import RunRecord, StageRun
 from synmlops.volumes.files import atomic_path
 from synmlops.volumes.prepared import Box, Fold, Manifest, PreparedVolume, Region, read_manifest
 
@@ -147,7 +148,9 @@ def _fit_fold(
         voxel_nm=regions[0].volume.grid.voxel_nm,
         fold=fold.name,
     )
-    truths = [Truth.of(region, manifest) for region in fold.validation]
+    truths = [
+        Truth.of(region, manifest) for region in fold.validation if manifest.volumes[region.volume].kind
+    ]
     fitted = fit(
         training.recipe,
         regions,
