@@ -58,7 +58,8 @@ def main() -> None:
     dark = smoothed_intensity(train, test, validation=validation).f1
     forest = random_forest(train, test, validation=validation, seed=0).f1
     print(
-        "| test volume | union voxel F1 | smoothed intensity | random forest | synapse F1 | direction | partner F1 |"
+        "| test volume | union voxel F1 | smoothed intensity | random forest "
+        "| synapse F1 | direction | partner F1 |"
     )
     print("|---|---|---|---|---|---|---|")
     for trial, dark_f1, forest_f1 in zip(trials, dark, forest, strict=True):

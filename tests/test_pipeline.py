@@ -137,7 +137,7 @@ def test_one_run_holds_params_curves_scores_artifacts_and_inputs(project: Projec
     assert {"training", "validation", "test"} <= contexts
     client = MlflowClient(f"sqlite:///{project.folder}/.synmlops/mlflow.db")
     history = client.get_metric_history(run.info.run_id, "loss")
-    assert [point.step for point in history] == [10, 12]
+    assert [point.step for point in history] == [6, 10, 12]  # each checkpoint, and every tenth step
     folders = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"checkpoints", "curves", "evaluation"} <= folders
     assert "synmlops.run_key" in run.data.tags
@@ -219,3 +219,25 @@ def test_without_a_server_the_pipeline_finishes_and_sync_sends_the_rest(project:
     project.run("synmlops", "sync")
     (new,) = [run for run in project.runs() if run.info.run_id not in before]
     assert "voxel_union_f1" in new.data.metrics
+
+
+def test_a_second_clone_pulls_what_the_first_made_and_goes_on(project: Project, tmp_path: Path) -> None:
+    """Outputs come through a DVC remote, the record through run.json: the clone's own store is empty."""
+    project.run("git", "checkout", "params.yaml")
+    project.run("dvc", "repro")
+    project.run("dvc", "remote", "add", "--default", "shelf", str(tmp_path / "shelf"))
+    project.run("dvc", "push")
+    project.run("git", "add", "dvc.lock", ".dvc/config")
+    project.run("git", "commit", "-qm", "Results")
+    project.run("git", "clone", "-q", str(project.folder), str(tmp_path / "clone"))
+    clone = Project(tmp_path / "clone")
+    clone.run("dvc", "pull")
+    assert "Running stage" not in clone.run("dvc", "repro")
+    printed = clone.run("dvc", "exp", "run", "--name", "high", "-S", "evaluate.threshold=0.7")
+    assert [line for line in printed.splitlines() if "Running stage" in line] == ["Running stage 'evaluate':"]
+    (run,) = clone.runs()
+    original = next(one for one in project.runs() if "mlflow.parentRunId" not in one.data.tags)
+    assert run.data.tags["synmlops.run_key"] == original.data.tags["synmlops.run_key"]
+    assert "synmlops.rebuilt" in run.data.tags
+    assert run.data.params["train.steps"] == "12"
+    assert run.data.params["evaluate.threshold"] == "0.7"

@@ -1,4 +1,4 @@
-"""What the tracking tests share: a migrated SQLite store, a real MLflow server, and a line to it that fails."""
+"""What the tracking tests share: a migrated SQLite store, a real server, and a line to it that fails."""
 
 import atexit
 import functools
@@ -74,7 +74,8 @@ class Line:
     """A TCP line to the server that can be cut, hang, or lose answers."""
 
     def __init__(self, to_port: int) -> None:
-        self.mode = "good"  # or cut: refuses; silent: takes all, passes nothing on; forgetful: loses the answers
+        # good; cut: refuses; silent: takes all, passes nothing on; forgetful: loses the answers
+        self.mode = "good"
         self._to = ("127.0.0.1", to_port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"

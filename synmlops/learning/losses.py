@@ -51,7 +51,7 @@ def compute_loss(
         terms["bce"] = loss * n_ranks / sum_over_ranks(valid.sum()).clamp(min=1)
     if params.dice:
         dice = dice_of_channels(logits, targets, valid, sum_over_ranks=sum_over_ranks)
-        # every rank has the loss of the whole batch, but only its own part of the gradient, which DDP averages
+        # every rank has the loss of the whole batch but only its own part of the gradient, and DDP averages
         terms["dice"] = dice.detach() + n_ranks * (dice - dice.detach())
     weights = {"bce": params.bce, "dice": params.dice}
     total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
@@ -99,4 +99,5 @@ def dice_of_channels(
     overlap, sizes, n_valid = own + (sum_over_ranks(own.detach()) - own.detach())
     known = (n_valid.detach() > 0).float()
     loss = 1 - (2 * overlap + DICE_SMOOTH) / (sizes + DICE_SMOOTH)
-    return (loss * known).sum() / known.sum().clamp(min=1)
+    mean: Tensor = (loss * known).sum() / known.sum().clamp(min=1)
+    return mean
