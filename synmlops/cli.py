@@ -91,8 +91,9 @@ def train(
     leave_if_stopped()
     settings = load_params(params)
     if not is_worker() and (n_ranks := _count_ranks(gpus, processes)) > 1:
-        flags = ["train", "--params", params, "--prepared", prepared, "--out", out]
-        launch(n_ranks, [str(flag) for flag in [*flags, *(["--gpus", gpus] if gpus is not None else [])]])
+        given = ["--gpus", gpus or 0] if gpus is not None or processes > 1 else []
+        flags = ["train", "--params", params, "--prepared", prepared, "--out", out, *given]
+        launch(n_ranks, [str(flag) for flag in flags])
         return
     from synmlops.stages.train import run
 
@@ -208,6 +209,23 @@ def sync() -> None:
     typer.echo(f"{outcome.sent} metric file(s) wholly sent, {outcome.left} with something left")
     if outcome.left:
         raise typer.Exit(1)
+
+
+@app.command("params")
+def show_params(
+    params: ParamsFile = Path("params.yaml"),
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of params.yaml.")] = False,
+) -> None:
+    """Check params.yaml, or print its JSON schema, with which an editor completes and checks it."""
+    import json
+
+    from synmlops.params import Params
+
+    if schema:
+        typer.echo(json.dumps(Params.model_json_schema(), indent=1))
+        return
+    load_params(params)
+    typer.echo(f"{params}: nothing wrong found")
 
 
 @app.command()

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from synmlops.learning.launch import is_worker
+from synmlops.learning.launch import is_worker, restarts_so_far
 from synmlops.params import SynmlopsError
+from synmlops.progress import say
 
-PATIENCE = timedelta(hours=6)
+PATIENCE = timedelta(hours=1)
 """How long ranks wait for the first to validate; that one has died is noticed by the launcher, at once."""
 
 
@@ -92,7 +93,18 @@ def joined_ranks(gpus: int | None = None) -> Iterator[Ranks]:
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    if rank == 0 and (n := restarts_so_far()):
+        most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", n)
+        say([f"a process died; restart {n} of {most} goes on from the last checkpoint"])
+    store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        # torch shares the store between restarts, and it still holds the addresses of the dead
+        store=dist.PrefixStore(f"start_{restarts_so_far()}", store),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=n_ranks,
+        timeout=PATIENCE,
+    )
     try:
         yield Ranks(rank, n_ranks, device)
     finally:

@@ -1,5 +1,6 @@
 """Several processes from one command: torch's elastic launcher, and how a worker says why it stopped."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +28,11 @@ def launch(n_processes: int, argv: Sequence[str]) -> None:
     SynmlopsError
         If a worker met one, or the group died more often than `MAX_RESTARTS`.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
+    _silence("torch.distributed.elastic")  # what matters is said below, or by the workers themselves
     threads = max(1, (os.cpu_count() or 1) // n_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     options = ["--standalone", f"--nproc-per-node={n_processes}", f"--max-restarts={MAX_RESTARTS}"]
@@ -38,6 +41,8 @@ def launch(n_processes: int, argv: Sequence[str]) -> None:
         os.environ[_STOP_FILE] = str(stop_file)
         try:
             run(get_args_parser().parse_args([*options, "-m", "synmlops", *argv]))  # type: ignore[no-untyped-call]
+        except SignalException as error:  # Ctrl-C, or whoever ends jobs here; the workers have been ended
+            raise SystemExit(128 + error.sigval) from None
         except ChildFailedError as error:
             if stop_file.exists():
                 raise SynmlopsError(stop_file.read_text()) from None
@@ -48,6 +53,17 @@ def launch(n_processes: int, argv: Sequence[str]) -> None:
             ) from None
         finally:
             del os.environ[_STOP_FILE]
+
+
+def _silence(package: str) -> None:
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(package):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def restarts_so_far() -> int:
+    """How often this worker's group was started again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def tell_launcher(error: SynmlopsError) -> bool:

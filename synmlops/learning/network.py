@@ -22,8 +22,13 @@ def build_network(params: NetworkParams) -> nn.Module:
     """
     if params.name not in NETWORKS:
         raise SynmlopsError(f"network.name: {params.name!r} is not known; choose from {', '.join(NETWORKS)}")
-    network = NETWORKS[params.name](params)
-    return network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload, no-any-return]
+    network = NETWORKS[params.name](params).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    if params.exclusive:
+        network = Exclusive(network)
+    for weight in network.parameters():
+        if weight.dim() == 5 and weight.shape[2:].numel() == 1:  # strides as its gradient has them, for DDP
+            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+    return network  # type: ignore[no-any-return]
 
 
 class ResidualUNet(nn.Module):
@@ -66,6 +71,36 @@ class ResidualUNet(nn.Module):
         for up, block in zip(reversed(self.ups), reversed(self.up_blocks), strict=True):
             x = block(up(x) + skips.pop())
         return unfold_voxels(self.head(x), self.fold)
+
+
+class Exclusive(nn.Module):
+    """Makes pre, post and background exclude each other: a softmax, given as one logit per channel.
+
+    The sigmoid of what comes out is the softmax probability of pre and post, and that of either for the union.
+    So losses, prediction and decoding need not know which kind a network is.
+
+    Parameters
+    ----------
+    network : nn.Module
+        Its third output counts against the background class.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map (n, 1, z, y, x) to (n, 3, z, y, x) logits of pre, post and union."""
+        pre, post, union = self.network(image).float().unbind(1)
+        background = -union
+        return torch.stack(
+            [
+                pre - torch.logaddexp(background, post),
+                post - torch.logaddexp(background, pre),
+                torch.logaddexp(pre, post) - background,
+            ],
+            dim=1,
+        )
 
 
 class ResidualBlock(nn.Module):

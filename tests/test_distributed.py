@@ -1,0 +1,280 @@
+"""Training by several processes: started for real, compared with one, killed, and refused."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import TinyProject
+
+from synmlops.learning.distributed import Ranks, check_gpus, count_gpus, joined_ranks, pick_device
+from synmlops.learning.launch import is_worker, leave_if_stopped, tell_launcher
+from synmlops.params import SynmlopsError
+
+NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
+WORKER = {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+
+DIE_ONCE = """
+import os
+import signal
+from pathlib import Path
+
+if "RANK" in os.environ:  # a worker, not its launcher
+    from synmlops.learning.sampling import PatchSampler
+
+    draw, rank, notes = PatchSampler.draw, os.environ["RANK"], Path(__file__).parent
+
+    def draw_or_die(self, step, index):
+        with (notes / f"drawn_{rank}").open("a") as file:
+            file.write(f"{step}\\n")
+        dies = notes / f"die_{rank}_{step}"
+        if dies.exists():
+            dies.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(self, step, index)
+
+    PatchSampler.draw = draw_or_die
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tiny_project: TinyProject, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a project folder: params.yaml, and below it the MLflow store that all runs of this file share."""
+    root = tmp_path_factory.mktemp("project")
+    _write_params(root, tiny_project)
+    return root
+
+
+def _write_params(folder: Path, project: TinyProject, **sampling: int) -> None:
+    tree = project.params.model_dump(mode="json")
+    tree["sampling"] |= sampling
+    (folder / "params.yaml").write_text(yaml.safe_dump(tree))
+
+
+def _run(
+    root: Path, *command: str, env: dict[str, str] | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    threads = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    without = {name: value for name, value in os.environ.items() if name not in ("DVC_STAGE", "DVC_ROOT")}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=root,
+        env=without | NO_GPUS | threads | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def _train(root: Path, project: TinyProject, out: str, *flags: str, **more: object) -> Path:
+    command = ("-m", "synmlops", "train", "--prepared", str(project.prepared), "--out", out, *flags)
+    done = _run(root, *command, **more)  # type: ignore[arg-type]
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    return root / out
+
+
+@pytest.fixture(scope="module")
+def one(root: Path, tiny_project: TinyProject) -> Path:
+    """Train in this way: one process."""
+    return _train(root, tiny_project, "one")
+
+
+@pytest.fixture(scope="module")
+def two(root: Path, tiny_project: TinyProject) -> Path:
+    """Train in this way: two processes that share each batch."""
+    return _train(root, tiny_project, "two", "--processes", "2")
+
+
+def _assert_close(folder: Path, other: Path) -> None:
+    for name in ("model.safetensors", "last.safetensors"):
+        torch.testing.assert_close(load_file(folder / name), load_file(other / name), rtol=1e-3, atol=1e-5)
+    curves, others = (pd.read_csv(path / "history.csv") for path in (folder, other))
+    scores = "validation_f1"  # counts voxels, so it jumps
+    pd.testing.assert_series_equal(curves.pop(scores), others.pop(scores), atol=0.01)
+    pd.testing.assert_frame_equal(curves, others, rtol=1e-3)
+
+
+def _assert_equal(folder: Path, other: Path) -> None:
+    for name in ("model.safetensors", "last.safetensors"):
+        weights, others = load_file(folder / name), load_file(other / name)
+        assert all(torch.equal(weights[key], others[key]) for key in weights | others)
+    assert (folder / "history.csv").read_text() == (other / "history.csv").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(one: Path, two: Path) -> None:
+    """The same weights and losses within float32: a masked loss and its gradient know the whole batch."""
+    _assert_close(one, two)
+    assert (one / "last.safetensors").read_bytes() != (two / "last.safetensors").read_bytes()  # else no test
+
+
+@pytest.mark.slow
+def test_torchrun_is_our_launcher(root: Path, tiny_project: TinyProject, two: Path) -> None:
+    done = _run(
+        root,
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "synmlops", "train", "--prepared", str(tiny_project.prepared), "--out", "by_torchrun"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("models in by_torchrun") == 1  # only the first rank talks
+    _assert_equal(root / "by_torchrun", two)
+
+
+@pytest.mark.slow
+def test_killed_and_restarted_is_never_killed(
+    root: Path, tiny_project: TinyProject, two: Path, tmp_path: Path
+) -> None:
+    """One worker is killed at step 6, the first one at step 10: the group goes on from steps 4 and 8."""
+    (tmp_path / "sitecustomize.py").write_text(DIE_ONCE)
+    for dies in ("die_1_6", "die_0_10"):
+        (tmp_path / dies).touch()
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = ("-m", "synmlops", "train", "--prepared", str(tiny_project.prepared), "--out", "killed")
+    done = _run(root, *command, "--processes", "2", env={"PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.glob("die_*"))
+    assert [f"restart {n} of 3 goes on" in done.stderr for n in (1, 2, 3)] == [True, True, False]
+    drawn = [int(step) for step in (tmp_path / "drawn_0").read_text().split()]
+    assert drawn.count(4) == 1
+    assert drawn.count(5) == 2
+    assert drawn.count(8) == 1
+    assert drawn.count(9) == 2
+    _assert_equal(root / "killed", two)
+    assert not list((root / ".synmlops" / "checkpoints").iterdir())
+    with sqlite3.connect(root / ".synmlops" / "mlflow.db") as store:
+        points = store.execute(
+            "select m.step, m.value from metrics m join runs r using (run_uuid) "
+            "where m.key = 'loss' and r.start_time = (select max(start_time) from runs) order by m.step"
+        ).fetchall()
+    losses = pd.read_csv(root / "killed" / "history.csv").dropna(subset="loss")
+    assert points == list(zip(losses["step"], losses["loss"], strict=True))  # each step sent once
+
+
+@pytest.mark.slow
+def test_an_error_in_the_workers_is_one_message(tiny_project: TinyProject, tmp_path: Path) -> None:
+    _write_params(tmp_path, tiny_project, batch_size=3)
+    command = ("-m", "synmlops", "train", "--prepared", str(tiny_project.prepared), "--processes", "2")
+    done = _run(tmp_path, *command)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "synmlops: sampling.batch_size: 3 cannot be shared by 2 processes; use a multiple of 2"
+    ]
+    assert done.stdout == ""
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [(), ("-m", "torch.distributed.run", "--nproc-per-node", "1")])
+def test_gpus_that_are_not_there(root: Path, tiny_project: TinyProject, start: tuple[str, ...]) -> None:
+    command = (*start, "-m", "synmlops", "train", "--prepared", str(tiny_project.prepared), "--gpus", "2")
+    done = _run(root, *command)
+    messages = [line for line in done.stderr.splitlines() if line.startswith("synmlops: ")]
+    assert messages == [
+        "synmlops: --gpus 2: this machine has 0 CUDA GPU(s) that torch can see; use --gpus 0, "
+        "or --processes N for several CPU processes"
+    ]
+    assert done.returncode != 0
+    if not start:
+        assert done.returncode == 2
+        assert done.stderr.splitlines() == messages
+
+
+@pytest.mark.slow
+def test_ended_from_outside_without_a_traceback(tiny_project: TinyProject, tmp_path: Path) -> None:
+    """A scheduler's SIGTERM ends launcher and workers quietly, and leaves no model behind."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\nfrom pathlib import Path\nif 'RANK' in os.environ:\n"
+        "    (Path(__file__).parent / ('up_' + os.environ['RANK'])).touch()\n    time.sleep(60)\n"
+    )
+    _write_params(tmp_path, tiny_project)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "synmlops", "train", "--prepared", tiny_project.prepared, "--processes", "2"],
+        cwd=tmp_path,
+        env=os.environ | NO_GPUS | {"PYTHONPATH": path},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("up_*"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "models").exists()
+
+
+def test_gpus_are_settled_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("synmlops.learning.distributed.count_gpus", lambda: 2)
+    assert [check_gpus(wanted) for wanted in (None, 0, 1, 2)] == [2, 0, 1, 2]
+    assert pick_device(0) == torch.device("cpu")
+    assert pick_device() == torch.device("cuda")
+    with pytest.raises(SynmlopsError, match=r"--gpus 3: this machine has 2 CUDA GPU\(s\).*use --gpus 2$"):
+        check_gpus(3)
+
+
+def test_a_process_of_its_own_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with joined_ranks(gpus=0) as ranks:
+        assert ranks == Ranks(0, 1, torch.device("cpu"))
+        assert ranks.is_first
+        assert ranks.sum(torch.tensor(3)) == 3
+        assert ranks.from_first("x") == "x"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "message"), [(2, "--gpus 2: this machine has 1"), (None, "process 1 wants a GPU")]
+)
+def test_a_worker_without_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, gpus: int | None, message: str
+) -> None:
+    for name, value in WORKER.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("synmlops.learning.distributed.count_gpus", lambda: 1)
+    with pytest.raises(SynmlopsError, match=message), joined_ranks(gpus):
+        pass
+
+
+def test_a_worker_says_why_it_stops_and_the_others_leave(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stop = tmp_path / "stop"
+    monkeypatch.setenv("SYNMLOPS_STOP_FILE", str(stop))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert not is_worker()
+    assert not tell_launcher(SynmlopsError("mine"))  # nobody waits: it is printed
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    leave_if_stopped()
+    assert tell_launcher(SynmlopsError("no more patches"))
+    assert stop.read_text() == "no more patches"
+    with pytest.raises(SystemExit) as caught:
+        leave_if_stopped()
+    assert caught.value.code == 2
+    monkeypatch.delenv("SYNMLOPS_STOP_FILE")  # under the user's own torchrun
+    assert not tell_launcher(SynmlopsError("mine"))
+    leave_if_stopped()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(count_gpus() == 0, reason="needs a CUDA device")
+def test_gpu_trains_like_the_cpu(root: Path, tiny_project: TinyProject, one: Path) -> None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    on_gpu = _train(
+        root, tiny_project, "gpu", "--gpus", "1", env={"CUDA_VISIBLE_DEVICES": visible.split(",")[0]}
+    )
+    curves, others = (pd.read_csv(path / "history.csv") for path in (on_gpu, one))
+    assert curves["loss"].iloc[0] == pytest.approx(others["loss"].iloc[0], rel=0.02)
