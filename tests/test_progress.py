@@ -3,7 +3,6 @@ import sys
 
 import pytest
 
-from synmlops import progress
 from synmlops.progress import say, track
 
 
@@ -12,7 +11,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr("synmlops.progress.time.monotonic", lambda: self.now)
 
 
 def test_a_log_file_gets_a_line_now_and_then_with_the_time_left(
