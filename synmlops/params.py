@@ -46,7 +46,7 @@ class PhantomParams(Section):
 
     size_zyx: Zyx = (32, 384, 384)  # voxels of each volume
     voxel_nm: Nm = (40.0, 8.0, 8.0)
-    train_seeds: Annotated[tuple[Size, ...], Field(min_length=1)] = (1, 2)
+    train_seeds: Annotated[tuple[Size, ...], Field(min_length=1)] = (1, 2, 3, 4)
     validation_seeds: tuple[Size, ...] = (11,)
     test_seeds: tuple[Size, ...] = (21,)
     synapses_per_um3: Positive = 2.0
@@ -121,13 +121,14 @@ class NetworkParams(Section):
     """An anisotropic residual 3-D U-Net, from full resolution (level 0) down."""
 
     name: str = "residual_unet"
-    stem_zyx: Zyx = (1, 2, 2)  # voxels folded into channels at the input and unfolded at the output
-    widths: Annotated[tuple[Count, ...], Field(min_length=1)] = (24, 32, 48, 64)  # channels, one per level
-    kernels: tuple[Zyx, ...] = ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))  # one per level
-    pools: tuple[Zyx, ...] = ((1, 2, 2), (1, 2, 2), (2, 2, 2))  # between levels: one fewer
+    stem_zyx: Zyx = (1, 4, 4)  # voxels folded into channels at the input and unfolded at the output
+    widths: Annotated[tuple[Count, ...], Field(min_length=1)] = (48, 64, 96)  # channels, one per level
+    kernels: tuple[Zyx, ...] = ((1, 3, 3), (3, 3, 3), (3, 3, 3))  # one per level
+    pools: tuple[Zyx, ...] = ((1, 2, 2), (2, 2, 2))  # between levels: one fewer
     blocks: Count = 1  # residual blocks of two convolutions per level and side
     norm: Literal["group", "batch", "instance"] = "group"
-    activation: Literal["relu", "silu", "elu"] = "silu"
+    activation: Literal["relu", "silu", "elu"] = "relu"
+    exclusive: bool = False  # softmax over background, pre and post, instead of a sigmoid for each channel
 
     @model_validator(mode="after")
     def _levels_agree(self) -> Self:
@@ -170,7 +171,7 @@ class NetworkParams(Section):
 class SamplingParams(Section):
     """Which patches training sees."""
 
-    patch_zyx: Zyx = (8, 128, 128)  # voxels
+    patch_zyx: Zyx = (16, 96, 96)  # voxels
     batch_size: Count = 4  # patches of one step, over all processes
     reject_below: Size = 300  # foreground voxels; a poorer patch is rejected ...
     reject_probability: Fraction = 0.95  # ... this often
@@ -181,11 +182,11 @@ class AugmentParams(Section):
 
     flip: Fraction = 0.5  # each of z, y, x
     transpose: Fraction = 0.5  # y and x
-    intensity: Fraction = 0.7  # contrast, brightness and gamma
+    intensity: Fraction = 0.5  # contrast, brightness and gamma
     noise: Fraction = 0.3  # Gaussian
-    blur: Fraction = 0.2  # defocused sections
-    missing_section: Fraction = 0.1
-    misalign: Fraction = 0.2  # a section onward is shifted
+    blur: Fraction = 0.1  # defocused sections
+    missing_section: Fraction = 0.05
+    misalign: Fraction = 0.1  # a section onward is shifted
 
 
 class LossParams(Section):
@@ -193,7 +194,7 @@ class LossParams(Section):
 
     bce: NonNegative = 1.0  # binary cross-entropy with foreground weighting
     dice: NonNegative = 0.5
-    foreground_weight_clip: tuple[Share, Share] = (0.05, 0.95)  # of the foreground share
+    foreground_weight_clip: tuple[Share, Share] = (0.2, 0.8)  # of the foreground share
 
     @model_validator(mode="after")
     def _something_to_descend(self) -> Self:
@@ -217,13 +218,13 @@ class InferParams(Section):
 class TrainParams(Section):
     """The optimisation."""
 
-    steps: Count = 600
-    learning_rate: Positive = 0.002
+    steps: Count = 1700
+    learning_rate: Positive = 0.007
     weight_decay: NonNegative = 0.01
-    warmup_steps: Size = 30
+    warmup_steps: Size = 80
     gradient_clip: Positive = 1.0
     ema: Fraction = 0.99  # decay of the averaged weights, which are validated and exported
-    validate_every: Count = 200  # steps
+    validate_every: Count = 425  # steps
     validation: InferParams = InferParams()  # apart from infer's own, so that changing that trains nothing
     checkpoint_every: Count = 100  # steps
     precision: Precision = "auto"  # bf16 where the device is fast in it
@@ -233,9 +234,9 @@ class EvaluateParams(Section):
     """Decoding and scores."""
 
     threshold: Literal["auto"] | Fraction = "auto"  # auto: best on validation, by voxel F1
-    min_voxels: Size = 60  # a smaller instance is dropped
+    min_voxels: Size = 600  # a smaller instance is dropped
     side_threshold: Fraction = 0.5  # share of the union threshold that a side must reach
-    min_side_voxels: Size = 20  # a smaller post piece is no partner
+    min_side_voxels: Size = 100  # a smaller post piece is no partner
     iou: Fraction = 0.5  # two instances match from here
     centroid_nm: Positive = 200.0  # ... or, in the second count, within this distance
     radius_nm: Positive = 400.0  # a partner matches if both ends are within this distance

@@ -37,6 +37,15 @@ def test_receptive_field_bounds_the_gradient() -> None:
     assert all(w > f // 2 for w, f in zip(width, field, strict=True))
 
 
+def test_exclusive_channels_are_a_softmax() -> None:
+    torch.manual_seed(0)
+    network = build_network(SMALL.model_copy(update={"exclusive": True})).eval()
+    pre, post, union = torch.sigmoid(network(3 * torch.randn(1, 1, 4, 16, 16)))[0]
+    torch.testing.assert_close(pre + post, union)
+    assert union.max() < 1
+    assert (pre - post).abs().max() > 0.01
+
+
 def test_fold_keeps_neighbouring_voxels_together() -> None:
     image = torch.arange(16.0).reshape(1, 1, 1, 4, 4)
     assert fold_voxels(image, (1, 2, 2))[0, :, 0, 0, 0].tolist() == [0, 1, 4, 5]

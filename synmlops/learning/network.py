@@ -76,7 +76,7 @@ class ResidualUNet(nn.Module):
 class Exclusive(nn.Module):
     """Makes pre, post and background exclude each other: a softmax, given as one logit per channel.
 
-    The sigmoid of what comes out is the softmax probability of pre and post, and that of either for the union.
+    The sigmoid of what comes out is the softmax probability of pre and of post, and of either for the union.
     So losses, prediction and decoding need not know which kind a network is.
 
     Parameters

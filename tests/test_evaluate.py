@@ -1,0 +1,125 @@
+"""Train, infer and evaluate on labels of different kinds, and the choice of the operating point."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from tiny import make_blobs, tiny_params
+
+from synmlops.layout import RUN_FILE
+from synmlops.learning.checkpoint import read_meta
+from synmlops.params import DataParams, Params, SplitParams, SynmlopsError, VolumeSet
+from synmlops.stages import evaluate, infer, prepare, train
+from synmlops.volumes.store import open_volume
+
+ROLES = ("train", "validation", "test")
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in a folder of its own, with a store that is never there: tracking has tests of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    (tmp_path / "params.yaml").touch()
+
+
+def _volume(name: str, seed: int, kind: str, *, width: int = 48) -> VolumeSet:
+    blobs = make_blobs(seed, shape=(10, 48, width), n=width // 8)
+    label = {
+        "pairs": blobs.pairs,
+        "semantic": (blobs.pairs > 0).astype(np.uint8) + ((blobs.pairs > 0) & (blobs.pairs % 2 == 0)),
+        "union": (blobs.pairs > 0).astype(np.uint8),
+    }[kind].astype(np.uint16)
+    path = blobs.write(Path(f"{name}.h5"), label=label)
+    return VolumeSet(image=f"{path}::image", label=f"{path}::label", label_kind=kind)  # type: ignore[arg-type]
+
+
+def _both(one: VolumeSet, other: VolumeSet) -> VolumeSet:
+    joined = {name: f"{getattr(one, name)}@{getattr(other, name)}" for name in ("image", "label")}
+    return VolumeSet(**joined, label_kind=(one.label_kind, other.label_kind))  # type: ignore[arg-type]
+
+
+def _run(data: DataParams, **evaluation: object) -> tuple[Params, evaluate.Evaluation]:
+    params = tiny_params(data)
+    params = params.model_copy(update={"evaluate": params.evaluate.model_copy(update=evaluation)})
+    folders = {name: Path(name) for name in ("prepared", "models", "predicted", "evaluated")}
+    prepare.run(data, out=folders["prepared"])
+    train.run(params, prepared=folders["prepared"], out=folders["models"], gpus=0)
+    infer.run(
+        params, prepared=folders["prepared"], models=folders["models"], out=folders["predicted"], gpus=0
+    )
+    found = evaluate.run(
+        params,
+        prepared=folders["prepared"],
+        predicted=folders["predicted"],
+        curves=folders["models"] / "history.csv",
+        out=folders["evaluated"],
+    )
+    return params, found
+
+
+def test_labels_of_all_kinds_mix_in_one_training() -> None:
+    data = DataParams(
+        train=_both(_volume("a", 1, "pairs"), _volume("b", 2, "union")),
+        validation=_volume("c", 3, "semantic"),
+        test=_both(_volume("d", 4, "union"), _volume("e", 5, "pairs")),
+    )
+    _, found = _run(data)
+    assert read_meta(Path("models/model.safetensors")).channels == ("pre", "post", "union")
+    counts = found.scores.voxels
+    n = {name: int((make_blobs(seed).pairs > 0).sum()) for name, seed in (("d", 4), ("e", 5))}
+    assert counts["union"].true == n["d"] + n["e"]
+    assert counts["pre"].true + counts["post"].true == n["e"]  # the union label knows no sides
+    assert "partner_f1" in found.metrics
+    assert found.operating_points["all"].source == "validation"
+
+
+def test_a_union_model_predicts_decodes_and_scores_the_union_alone() -> None:
+    data = DataParams(**{role: _volume(role, n, "union") for n, role in enumerate(ROLES)})
+    _, found = _run(data)
+    assert read_meta(Path("models/model.safetensors")).channels == ("union",)
+    with open_volume("predicted/all/test/test.h5", ndim=4) as volume:
+        assert volume.shape[0] == 1
+        assert volume.attrs["channels"] == ["union"]
+    assert set(found.scores.voxels) == {"union"}
+    assert not {"partner_f1", "direction_accuracy", "voxel_pre_f1"} & set(found.metrics)
+    assert not Path("evaluated/partners").exists()
+    assert "Direction" not in Path("evaluated/report.html").read_text()
+
+
+def test_folds_pool_their_scores_and_choose_thresholds_on_each_other() -> None:
+    whole = _volume("a", 1, "union", width=160)
+    data = DataParams(train=whole, split=SplitParams(axis="x", bands=2, guard=40))
+    _, found = _run(data)
+    assert set(found.operating_points) == {"1", "2"}
+    assert {point.source for point in found.operating_points.values()} == {"test regions of the other folds"}
+    with open_volume("a.h5::label") as label:
+        assert found.scores.voxels["union"].true == np.count_nonzero(label.read())
+    assert sorted(path.name for path in Path("models").glob("model_*")) == [
+        "model_1.safetensors",
+        "model_2.safetensors",
+    ]
+    assert set(pd.read_csv("models/history.csv")["fold"]) == {1, 2}
+
+
+def test_a_given_threshold_is_taken_and_a_stored_one_names_its_model() -> None:
+    data = DataParams(**{role: _volume(role, n, "pairs") for n, role in enumerate(ROLES)})
+    _, found = _run(data, threshold=0.25)
+    point = json.loads(Path("evaluated/operating_point.json").read_text())["all"]
+    assert point["threshold"] == found.metrics["threshold"] == 0.25
+    assert point["source"] == "given"
+    assert len(point["model_sha256"]) == 64
+    assert (
+        json.loads(Path("predicted", RUN_FILE).read_text())["data"]["model.safetensors"]
+        == point["model_sha256"]
+    )
+
+
+def test_auto_refuses_where_nothing_but_the_test_region_is_labelled() -> None:
+    unlabelled = VolumeSet(image=_volume("v", 1, "pairs").image)
+    data = DataParams(train=_volume("a", 0, "pairs"), validation=unlabelled, test=_volume("t", 2, "pairs"))
+    with pytest.raises(SynmlopsError, match=r"evaluate\.threshold: auto"):
+        _run(data)
+    assert not Path("evaluated").exists()
