@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from synmlops.layout import EVALUATED, MODELS, PREDICTED, PREPARED, RUN_FILE, WHOLE, model_file
-from synmlops.params import SynmlopsError, load_params
+from synmlops.params import Params, SynmlopsError, load_params
 from synmlops.progress import say
 
 app = typer.Typer(
@@ -66,9 +66,10 @@ def prepare(
     """Check every volume, convert it, and divide the tissue into train, validation and test."""
     from synmlops.stages.prepare import run
 
-    manifest, notes = run(
-        load_params(params, overrides=_given_volumes(image, label, label_kind)).data, out=out
-    )
+    settings = load_params(params)
+    if image is not None or label is not None or label_kind is not None:
+        settings = load_params(params, overrides=_given_volumes(settings, image, label, label_kind))
+    manifest, notes = run(settings.data, out=out)
     say(notes)
     for name, volume in manifest.volumes.items():
         typer.echo(f"{name}: {volume.shape_zyx} voxels of {volume.grid.voxel_nm} nm, label {volume.kind}")
@@ -219,8 +220,6 @@ def show_params(
     """Check params.yaml, or print its JSON schema, with which an editor completes and checks it."""
     import json
 
-    from synmlops.params import Params
-
     if schema:
         typer.echo(json.dumps(Params.model_json_schema(), indent=1))
         return
@@ -335,15 +334,21 @@ def _count_ranks(gpus: int | None, processes: int) -> int:
     return n_gpus or processes
 
 
-def _given_volumes(image: str | None, label: str | None, kind: str | None) -> dict[str, Any] | None:
-    """Turn the volume options into the params they stand for."""
-    if image is None and label is None and kind is None:
-        return None
+def _given_volumes(params: Params, image: str | None, label: str | None, kind: str | None) -> dict[str, Any]:
+    """Turn the volume options into the params they stand for.
+
+    Where the params name no validation and test volumes and no split, the volumes are cross-validated by
+    bands, with the narrowest guard that the network allows.
+    """
     if image is None or label is None or kind is None:
         raise SynmlopsError("--image, --label and --label-kind go together; give all three")
     kinds = kind.split("@")
     given = {"image": image, "label": label, "label_kind": kinds[0] if len(kinds) == 1 else kinds}
-    return {"data.phantom": None, "data.train": given}
+    overrides: dict[str, Any] = {"data.phantom": None, "data.train": given}
+    if params.data.validation is None and params.data.split is None:
+        guard = params.network.receptive_field_zyx()[1]
+        overrides["data.split"] = {"axis": "y", "bands": 4, "guard": guard}
+    return overrides
 
 
 def _three_numbers(text: str | None) -> tuple[float, float, float] | None:

@@ -218,13 +218,13 @@ class InferParams(Section):
 class TrainParams(Section):
     """The optimisation."""
 
-    steps: Count = 1700
+    steps: Count = 2200
     learning_rate: Positive = 0.007
     weight_decay: NonNegative = 0.01
     warmup_steps: Size = 80
     gradient_clip: Positive = 1.0
     ema: Fraction = 0.99  # decay of the averaged weights, which are validated and exported
-    validate_every: Count = 425  # steps
+    validate_every: Count = 440  # steps
     validation: InferParams = InferParams()  # apart from infer's own, so that changing that trains nothing
     checkpoint_every: Count = 100  # steps
     precision: Precision = "auto"  # bf16 where the device is fast in it

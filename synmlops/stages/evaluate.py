@@ -29,7 +29,7 @@ from synmlops.volumes.files import atomic_folder, atomic_path
 from synmlops.volumes.prepared import UNTRUSTED, Fold, Manifest, PreparedVolume, Region, read_manifest
 from synmlops.volumes.probabilities import Probabilities, read_probabilities
 from synmlops.volumes.store import write_hdf5
-from synmlops.volumes.table import points_nm, read_table, write_table
+from synmlops.volumes.table import moved_voxels, points_nm, read_table, write_table
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class _Scored:
     view: RegionView
     scores: Scores | None  # None where there is no label
     partners: pd.DataFrame | None
+    start_zyx: tuple[int, int, int]  # of the region in its volume
 
 
 def _operating_point(
@@ -219,7 +220,7 @@ def _evaluate_region(
         voxel_nm=probabilities.grid.voxel_nm,
         offset_nm=probabilities.grid.offset_nm,
     )
-    return _Scored(view, scores, partners)
+    return _Scored(view, scores, partners, region.box.start_zyx)
 
 
 def _whole_synapses(instances: Instances, has_sides: bool) -> Instances:
@@ -237,7 +238,8 @@ def _true_partners(
     table = read_table(volume.partners)
     voxel = (points_nm(table).mean(axis=1) - np.array(grid.offset_nm)) / np.array(grid.voxel_nm)
     inside = ((voxel >= -0.5) & (voxel < np.array(region.box.shape_zyx) - 0.5)).all(axis=1)
-    return pd.DataFrame(table[inside]).reset_index(drop=True)
+    z, y, x = region.box.start_zyx
+    return moved_voxels(pd.DataFrame(table[inside]).reset_index(drop=True), (-z, -y, -x))
 
 
 def _test_regions(manifest: Manifest) -> Iterator[tuple[Fold, Region]]:
@@ -267,7 +269,7 @@ def _write_region(one: _Scored, probabilities: Probabilities, folder: Path) -> N
     )
     if one.partners is not None:
         (folder / "partners").mkdir(exist_ok=True)
-        write_table(one.partners, folder / "partners" / f"{name}.parquet")
+        write_table(moved_voxels(one.partners, one.start_zyx), folder / "partners" / f"{name}.parquet")
 
 
 def _write_summary(

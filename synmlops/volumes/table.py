@@ -52,6 +52,28 @@ def points_nm(table: pd.DataFrame) -> np.ndarray:
     return table[names].to_numpy(np.float64).reshape(-1, 2, 3)
 
 
+def moved_voxels(table: pd.DataFrame, by_zyx: tuple[int, int, int]) -> pd.DataFrame:
+    """Give the table with its voxel indices counted from another voxel; positions in nm stay.
+
+    Parameters
+    ----------
+    table : DataFrame
+    by_zyx : tuple of int
+        Added to every index and bounding box: a region's start turns its indices into the volume's.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({name: [1] for name in COLUMNS})
+    >>> moved_voxels(table, (0, 0, 10))[["pre_z", "post_x", "x0", "x1", "pre_x_nm"]].values.tolist()
+    [[1, 11, 11, 11, 1]]
+    """
+    moved = table.copy()
+    for axis, by in zip("zyx", by_zyx, strict=True):
+        columns = [f"pre_{axis}", f"post_{axis}", f"{axis}0", f"{axis}1"]
+        moved[columns] = moved[columns] + by
+    return moved
+
+
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a partner table as Parquet, with the dtypes of `COLUMNS`; extra columns are kept."""
     table.astype(COLUMNS).to_parquet(path, index=False)
