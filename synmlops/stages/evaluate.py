@@ -288,7 +288,7 @@ def _write_summary(
     with atomic_path(folder / "precision_recall.csv") as temporary:
         curve.to_csv(temporary, index=False)
     per_region = [
-        {"region": one.view.name, "fold": one.view.fold} | one.scores.flat()
+        {"region": one.view.name, "fold": one.view.fold} | _headlines(one.scores)
         for one in scored
         if one.scores is not None
     ]
@@ -312,6 +312,12 @@ def _write_summary(
         notes=[],
     )
     write_report(content, folder / "report.html")
+
+
+def _headlines(scores: Scores) -> dict[str, float]:
+    """Pick what tells one region from another at a glance."""
+    endings = ("_f1", "_accuracy", "_true", "_predicted")
+    return {name: value for name, value in scores.flat().items() if name.endswith(endings)}
 
 
 def _curves(histograms: Mapping[str, Histogram]) -> pd.DataFrame:
