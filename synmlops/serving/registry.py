@@ -113,6 +113,7 @@ def register(
             **_tags(meta, chosen, scores),
         }
         model_id = _log_model(bundle, run_id=run_id, name=name, tags=tags)
+        _check_answer(model_id)
         version = _add_version(name, model_id=model_id, run_id=run_id, tags=tags, alias=alias)
         return RegisteredVersion(name, version, alias, run_id, store.shown, notes)
 
@@ -251,6 +252,19 @@ def _log_model(bundle: "Bundle", *, run_id: str, name: str, tags: Mapping[str, s
         metadata={**bundle.settings, **tags},
     )
     return model_id
+
+
+def _check_answer(model_id: str) -> None:
+    """Have the logged model answer its example before an alias points at it; MLflow's check only warns."""
+    import mlflow.pyfunc
+
+    from synmlops.serving.bundle import input_example
+
+    answer = mlflow.pyfunc.load_model(f"models:/{model_id}").predict(input_example())
+    if not len(answer):
+        raise SynmlopsError(
+            f"models:/{model_id}: gave no answer to its example; the alias stays where it was"
+        )
 
 
 def _add_version(name: str, *, model_id: str, run_id: str, tags: Mapping[str, str], alias: str) -> int:
