@@ -165,40 +165,29 @@ def prepare_volume(
     SynmlopsError
         If a file cannot be read or is not what it should be, shapes differ, or the voxel size is unknown.
     """
+    path = folder / f"{source.name}.h5"
     with ExitStack() as stack:
         parts = {
-            name: stack.enter_context(open_volume(path))
-            for name, path in source.paths.items()
+            name: stack.enter_context(open_volume(where))
+            for name, where in source.paths.items()
             if name != "partners"
         }
-        image, label, mask = parts["image"], parts.get("label"), parts.get("mask")
         _check_shapes(parts, pool_zyx)
-        grid = _grid_of(image, voxel_nm).pooled(pool_zyx)
+        grid = _grid_of(parts["image"], voxel_nm).pooled(pool_zyx)
         table = _read_partners(source, grid=grid, pool_zyx=pool_zyx)
-        check_image(image)
-        if "neurons" in parts:
-            _check_neurons(parts["neurons"])
-        summary = check_label(label, source.kind) if label is not None and source.kind is not None else None
-        shape = tuple(n // p for n, p in zip(image.shape, pool_zyx, strict=True))
-        forms: dict[str, tuple[tuple[int, ...], Any]] = {"image": (shape, image.dtype)}
-        if summary is not None:
-            sum_type = np.int32 if summary.foreground <= np.iinfo(np.int32).max else np.int64
-            forms["label"] = (shape, smallest_unsigned(summary.largest_id))
-            forms["sides"] = (shape, np.uint8)
-            forms["foreground_sum"] = (tuple(n + 1 for n in shape), sum_type)
-        if "neurons" in parts:
-            forms["neurons"] = (shape, parts["neurons"].dtype)
-        path = folder / f"{source.name}.h5"
-        attrs = {"label_kind": source.kind or "none"}
-        with hdf5_writer(path, forms, grid=grid, attrs=attrs) as out:
-            intensities = _write_image(image, out["image"], pool_zyx)
-            if label is not None and summary is not None:
-                _write_label(label, mask, out, kind=summary.kind, pool_zyx=pool_zyx)
+        summary = _check_parts(parts, source.kind)
+        shape = tuple(n // p for n, p in zip(parts["image"].shape, pool_zyx, strict=True))
+        forms = _forms(parts, summary, shape)
+        with hdf5_writer(path, forms, grid=grid, attrs={"label_kind": source.kind or "none"}) as out:
+            intensities = _write_image(parts["image"], out["image"], pool_zyx)
+            if summary is not None:
+                _write_label(parts["label"], parts.get("mask"), out, kind=summary.kind, pool_zyx=pool_zyx)
             if "neurons" in parts:
                 for z, slab in pooled_slabs(parts["neurons"], pool_zyx, pool_label):
                     out["neurons"][z : z + len(slab)] = slab
-    partners = folder / f"{source.name}.partners.parquet" if table is not None else None
-    if table is not None and partners is not None:
+    partners = None
+    if table is not None:
+        partners = folder / f"{source.name}.partners.parquet"
         write_table(table, partners)
     volume = PreparedVolume(
         path=path,
@@ -240,6 +229,29 @@ def digest_of(source: str) -> str:
     names = sorted(file for file in path.iterdir() if file.is_file())
     listing = "\n".join(f"{file.name} {sha256_of(file)}" for file in names)
     return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _check_parts(parts: dict[str, Volume], kind: LabelKind | None) -> LabelSummary | None:
+    """Refuse what cannot be trained on, and say what the label holds."""
+    check_image(parts["image"])
+    if "neurons" in parts:
+        _check_neurons(parts["neurons"])
+    return check_label(parts["label"], kind) if "label" in parts and kind is not None else None
+
+
+def _forms(
+    parts: dict[str, Volume], summary: LabelSummary | None, shape: tuple[int, ...]
+) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Give shape and dtype of each dataset of a prepared volume."""
+    forms: dict[str, tuple[tuple[int, ...], Any]] = {"image": (shape, parts["image"].dtype)}
+    if summary is not None:
+        sum_type = np.int32 if summary.foreground <= np.iinfo(np.int32).max else np.int64
+        forms["label"] = (shape, smallest_unsigned(summary.largest_id))
+        forms["sides"] = (shape, np.uint8)
+        forms["foreground_sum"] = (tuple(n + 1 for n in shape), sum_type)
+    if "neurons" in parts:
+        forms["neurons"] = (shape, parts["neurons"].dtype)
+    return forms
 
 
 def _write_image(image: Volume, out: Any, pool_zyx: tuple[int, int, int]) -> Intensities:
