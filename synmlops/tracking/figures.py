@@ -59,7 +59,7 @@ def training_curves(curves: pd.DataFrame) -> Figure | None:
     ]
     if not panels:
         return None
-    figure = Figure(figsize=(4.6 * len(panels), 3.1), layout="constrained")
+    figure = Figure(figsize=(9.2, 3.1), layout="constrained")
     for axes, columns in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         _style(axes, x="step", y="loss" if columns[0] == "loss" else "validation F1")
         if columns[0] == "loss":

@@ -141,8 +141,12 @@ class Manifest:
 
     @property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of every source file, by volume and role in it: `phantom_1/image`."""
-        return {f"{name}/{part}": d for name, v in self.volumes.items() for part, d in v.sha256.items()}
+        """SHA-256 of every source file, by volume and the first part that it holds: `phantom_1/image`."""
+        found: dict[str, str] = {}
+        for name, volume in self.volumes.items():
+            first_parts = {digest: part for part, digest in reversed(volume.sha256.items())}
+            found |= {f"{name}/{part}": digest for digest, part in reversed(first_parts.items())}
+        return found
 
 
 def known_channels(kind: LabelKind | None) -> tuple[str, ...]:
