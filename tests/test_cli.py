@@ -1,6 +1,7 @@
 """What a user sees who gives a command something wrong: one message, exit code 2, earlier outputs kept."""
 
 import errno
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -179,6 +180,16 @@ def test_no_params_file(run: Run) -> None:
 def test_an_unknown_key_names_the_nearest(run: Run, tmp_path: Path, tiny_project: TinyProject) -> None:
     params = write_params(tmp_path / "params.yaml", tiny_project, train={"learning_rat": 1})
     refused(run("prepare", "--params", params), "learning_rat", "learning_rate")
+
+
+def test_params_checks_the_file_or_prints_its_schema(
+    run: Run, tmp_path: Path, tiny_project: TinyProject
+) -> None:
+    params = write_params(tmp_path / "params.yaml", tiny_project)
+    assert "nothing wrong" in run("params", "--params", params).out
+    schema = json.loads(run("params", "--schema").out)
+    assert schema["properties"]["train"]["$ref"].endswith("TrainParams")
+    assert "learning_rate" in schema["$defs"]["TrainParams"]["properties"]
 
 
 def test_volumes_on_the_command_line(run: Run, tmp_path: Path, tiny_project: TinyProject) -> None:
