@@ -168,9 +168,7 @@ def test_nothing_prepared(run: Run, tmp_path: Path, tiny_project: TinyProject) -
 
 def test_nothing_trained(run: Run, tmp_path: Path, tiny_project: TinyProject) -> None:
     params = write_params(tmp_path / "params.yaml", tiny_project)
-    refused(
-        run("infer", "--params", params, "--prepared", tiny_project.prepared), "run.json", "synmlops train"
-    )
+    refused(run("infer", "--params", params, "--prepared", tiny_project.prepared), "run.json", "dvc repro")
 
 
 def test_no_params_file(run: Run) -> None:

@@ -5,7 +5,11 @@ from synmlops.learning.network import NETWORKS, build_network, fold_voxels, unfo
 from synmlops.params import NetworkParams, SynmlopsError
 
 SMALL = NetworkParams(
-    widths=(4, 6, 8), kernels=((1, 3, 3), (3, 3, 3), (3, 3, 3)), pools=((1, 2, 2), (2, 2, 2)), norm="batch"
+    stem_zyx=(1, 2, 2),
+    widths=(4, 6, 8),
+    kernels=((1, 3, 3), (3, 3, 3), (3, 3, 3)),
+    pools=((1, 2, 2), (2, 2, 2)),
+    norm="batch",
 )
 
 

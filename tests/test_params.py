@@ -115,7 +115,7 @@ def test_unknown_key_like_no_other_gets_no_advice(write: Write) -> None:
         ("network.norm", "group"),
         ("data.split", "null"),
         ("evaluate.threshold", "auto"),
-        ("loss", "{bce: 1.0, dice: 0.5, foreground_weight_clip: [0.05, 0.95]}"),
+        ("loss", "{bce: 1.0, dice: 0.5, foreground_weight_clip: [0.2, 0.8]}"),
     ],
 )
 def test_missing_key_gives_its_default(write: Write, key: str, default: str) -> None:
@@ -229,9 +229,9 @@ def test_a_long_value_is_cut_short(write: Write) -> None:
         ),
         ({"data.phantom.test_seeds": [1]}, "data.phantom: seed 1 stands more than once"),
         ({"data.phantom.train_seeds": [3, 3]}, "data.phantom: seed 3 stands more than once"),
-        ({"network.widths": [8, 8]}, "network: 2 widths want 2 kernels and 1 pools, got 4 and 3"),
-        ({"network.kernels": [[1, 3, 3]] * 3}, "network: 4 widths want 4 kernels and 3 pools, got 3 and 3"),
-        ({"network.kernels": [[1, 3, 4]] * 4}, "network.kernels: sizes must be odd, got [1, 3, 4]"),
+        ({"network.widths": [8, 8]}, "network: 2 widths want 2 kernels and 1 pools, got 3 and 2"),
+        ({"network.kernels": [[1, 3, 3]] * 4}, "network: 3 widths want 3 kernels and 2 pools, got 4 and 2"),
+        ({"network.kernels": [[1, 3, 4]] * 3}, "network.kernels: sizes must be odd, got [1, 3, 4]"),
         ({"loss.bce": 0, "loss.dice": 0}, "loss: bce and dice are both 0"),
         ({"loss.foreground_weight_clip": [0.9, 0.1]}, "loss.foreground_weight_clip: 0.9 is more than 0.1"),
     ],

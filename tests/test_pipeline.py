@@ -100,6 +100,7 @@ def _small(params: Path) -> dict[str, object]:
     tree["train"] |= {"steps": 12, "validate_every": 6, "checkpoint_every": 6, "warmup_steps": 2}
     tree["train"]["validation"] |= {"window_zyx": [8, 64, 64]}
     tree["infer"] |= {"window_zyx": [8, 64, 64]}
+    tree["evaluate"] |= {"threshold": "auto"}
     return dict(tree)
 
 
