@@ -183,6 +183,7 @@ def register(
 ) -> None:
     """Put the trained model and its operating point in the MLflow registry."""
     from synmlops.serving import registry
+    from synmlops.tracking.lineage import project_root, tracking_uri
     from synmlops.tracking.record import RunRecord
 
     version = registry.register(
@@ -196,7 +197,10 @@ def register(
     )
     say(version.notes)
     typer.echo(f"{version.name} version {version.version} is {version.uri}")
-    typer.echo(f"serve it: mlflow models serve -m {version.uri} --env-manager local")
+    store = (
+        "" if "MLFLOW_TRACKING_URI" in os.environ else f"MLFLOW_TRACKING_URI={tracking_uri(project_root())} "
+    )
+    typer.echo(f"serve it: {store}mlflow models serve -m {version.uri} --env-manager local")
 
 
 @app.command()

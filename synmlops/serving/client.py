@@ -32,7 +32,7 @@ def predict_over_http(url: str, volume: NDArray[Any], *, timeout_s: float = 600.
     Parameters
     ----------
     url : str
-        Where the server listens: `http://127.0.0.1:5001`.
+        Where the server listens: `http://127.0.0.1:5001`, with or without `/invocations`.
     volume : (z, y, x) array of uint8 or uint16
         At the voxel size the model was trained on; smaller than a window is fine.
     timeout_s : float
@@ -47,9 +47,8 @@ def predict_over_http(url: str, volume: NDArray[Any], *, timeout_s: float = 600.
     """
     row = {"volume": base64.b64encode(to_npy(volume)).decode()}
     body = json.dumps({"dataframe_records": [row]}).encode()
-    request = Request(
-        f"{url.rstrip('/')}/invocations", data=body, headers={"Content-Type": "application/json"}
-    )
+    address = f"{url.rstrip('/').removesuffix('/invocations')}/invocations"
+    request = Request(address, data=body, headers={"Content-Type": "application/json"})
     try:
         with urlopen(request, timeout=timeout_s) as response:
             answer = json.load(response)["predictions"][0]
