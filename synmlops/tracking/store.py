@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 KEY_TAG = "synmlops.run_key"
 PARENT_TAG = "mlflow.parentRunId"
+_SHOWN_AS = {"mlflow.experimentKind": "custom_model_development"}  # not the UI's view of chats and prompts
 _REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"})
 _MISSING = frozenset({"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"})
 _REQUEST_SECONDS = "15"
@@ -250,7 +251,7 @@ def _experiment_of(client: "MlflowClient", name: str, *, location: str | None, s
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, artifact_location=location))
+            return str(client.create_experiment(name, artifact_location=location, tags=_SHOWN_AS))
         except MlflowException as error:
             found = client.get_experiment_by_name(name)
             if error.error_code not in _REFUSALS or found is None:
