@@ -41,8 +41,12 @@ def _both(one: VolumeSet, other: VolumeSet) -> VolumeSet:
     return VolumeSet(**joined, label_kind=(one.label_kind, other.label_kind))  # type: ignore[arg-type]
 
 
-def _run(data: DataParams, **evaluation: object) -> tuple[Params, evaluate.Evaluation]:
+def _run(
+    data: DataParams, *, exclusive: bool = False, **evaluation: object
+) -> tuple[Params, evaluate.Evaluation]:
     params = tiny_params(data)
+    network = params.network.model_copy(update={"exclusive": exclusive})
+    params = params.model_copy(update={"network": network})
     params = params.model_copy(update={"evaluate": params.evaluate.model_copy(update=evaluation)})
     folders = {name: Path(name) for name in ("prepared", "models", "predicted", "evaluated")}
     prepare.run(data, out=folders["prepared"])
@@ -123,3 +127,13 @@ def test_auto_refuses_where_nothing_but_the_test_region_is_labelled() -> None:
     with pytest.raises(SynmlopsError, match=r"evaluate\.threshold: auto"):
         _run(data)
     assert not Path("evaluated").exists()
+
+
+def test_an_exclusive_model_writes_pre_and_post_that_add_up_to_the_union() -> None:
+    data = DataParams(**{role: _volume(role, n, "pairs") for n, role in enumerate(ROLES)})
+    _, found = _run(data, exclusive=True)
+    with open_volume("predicted/all/test/test.h5", ndim=4) as volume:
+        pre, post, union = volume.read().astype(int)
+    assert np.abs(pre + post - union).max() <= 1  # each is rounded by itself
+    assert union.std() > 0
+    assert "partner_f1" in found.metrics
