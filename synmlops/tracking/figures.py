@@ -132,19 +132,6 @@ def svg_of(figure: Figure) -> bytes:
     return re.sub(r"(<svg\b[^>]*>)", rf"\1{_DARK_STYLE}", text, count=1).encode()
 
 
-def png_of(figure: Figure, *, dpi: int = 120) -> bytes:
-    """Give a figure as PNG on white.
-
-    Examples
-    --------
-    >>> png_of(Figure(figsize=(1, 1)))[1:4]
-    b'PNG'
-    """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
-
-
 def _has(curves: pd.DataFrame, name: str) -> bool:
     return name in curves and bool(curves[name].notna().any())
 
