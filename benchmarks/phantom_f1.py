@@ -93,7 +93,6 @@ def _score(model: Model, trial: Trial, *, threshold: float, params: Params) -> S
         threshold=threshold,
         voxel_nm=made.grid.voxel_nm,
         tables=Tables(predicted, made.partners, with_neurons=True),
-        mask=None,
         params=params.evaluate,
     )
 

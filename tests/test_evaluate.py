@@ -10,9 +10,20 @@ from tiny import make_blobs, tiny_params
 
 from synmlops.layout import RUN_FILE
 from synmlops.learning.checkpoint import read_meta
-from synmlops.params import DataParams, Params, SplitParams, SynmlopsError, VolumeSet
+from synmlops.params import (
+    CHANNELS,
+    DataParams,
+    EvaluateParams,
+    Params,
+    SplitParams,
+    SynmlopsError,
+    VolumeSet,
+)
 from synmlops.stages import evaluate, infer, prepare, train
-from synmlops.volumes.store import open_volume
+from synmlops.volumes.prepared import Box, PreparedVolume, Region
+from synmlops.volumes.preparing import Source, prepare_volume
+from synmlops.volumes.probabilities import Probabilities
+from synmlops.volumes.store import Grid, open_volume, write_hdf5
 
 ROLES = ("train", "validation", "test")
 
@@ -137,3 +148,81 @@ def test_an_exclusive_model_writes_pre_and_post_that_add_up_to_the_union() -> No
     assert np.abs(pre + post - union).max() <= 1  # each is rounded by itself
     assert union.std() > 0
     assert "partner_f1" in found.metrics
+
+
+def _perfect(region: Region, volume: PreparedVolume, extra: tuple[slice, slice, slice]) -> Probabilities:
+    """Predict just what the label says, and a synapse too many."""
+    label = volume.read("label", region.box)
+    assert label is not None
+    planes = np.stack([label % 2 == 1, (label > 0) & (label % 2 == 0), label > 0])
+    z, y, x = extra
+    planes[:, z, y, x] = True
+    planes[0, z, y, x.start : x.start + 4] = False
+    planes[1, z, y, x.start + 4 : x.stop] = False
+    return Probabilities((planes * 255).astype(np.uint8), CHANNELS, volume.grid)
+
+
+def _prepared(label: np.ndarray, kind: str, **parts: np.ndarray) -> tuple[Region, PreparedVolume]:
+    arrays = {"image": make_blobs(0, shape=label.shape).image, "label": label, **parts}
+    write_hdf5("v.h5", arrays, grid=Grid((40.0, 8.0, 8.0)))
+    named = {name: f"v.h5::{name}" for name in arrays}
+    source = Source(name="v_prepared", kind=kind, **named)  # type: ignore[arg-type]
+    volume = prepare_volume(source, Path(), voxel_nm=None, pool_zyx=(1, 1, 1)).volume
+    return Region("v", "v_prepared", Box((0, 0, 0), volume.shape_zyx)), volume
+
+
+def _two_sites() -> np.ndarray:
+    """Sites 1 and 2, one in each half along x; 3 x 6 x 8 voxels each."""
+    label = np.zeros((6, 24, 48), np.uint16)
+    for site, x in ((1, 6), (2, 34)):
+        label[1:4, 8:14, x : x + 4], label[1:4, 8:14, x + 4 : x + 8] = 2 * site - 1, 2 * site
+    return label
+
+
+LIMITS = EvaluateParams(min_voxels=10, min_side_voxels=4)
+
+
+def test_what_lies_outside_the_valid_mask_counts_in_no_score() -> None:
+    """A true site and a false prediction in the untrusted half: neither is missed or false, nor shown."""
+    mask = np.ones((6, 24, 48), np.uint8)
+    mask[:, :, 24:] = 0
+    region, volume = _prepared(_two_sites(), "pairs", mask=mask)
+    probabilities = _perfect(region, volume, (slice(1, 4), slice(18, 23), slice(36, 44)))
+    one = evaluate._evaluate_region(region, volume, probabilities, fold="all", threshold=0.5, params=LIMITS)
+    assert one.scores is not None
+    flat = one.scores.flat()
+    for name in ("voxel_union", "voxel_pre", "detection", "detection_centroid", "partner"):
+        assert flat[f"{name}_f1"] == 1
+    assert flat["partner_true"] == flat["partner_predicted"] == flat["detection_true"] == 1
+    assert one.partners is not None
+    assert len(one.partners) == 3  # the table that is written holds all that was found
+    assert one.view.predicted_partners is not None
+    assert len(one.view.predicted_partners) == 1
+    assert one.view.true is not None
+    assert not one.view.predicted[:, :, 24:].any()
+    assert not one.view.true[:, :, 24:].any()
+
+
+def test_a_model_with_sides_is_compared_with_a_union_label_by_whole_synapses() -> None:
+    pairs = _two_sites()
+    region, volume = _prepared((pairs > 0).astype(np.uint16), "union")
+    planes = np.stack([pairs % 2 == 1, (pairs > 0) & (pairs % 2 == 0), pairs > 0])
+    probabilities = Probabilities((planes * 255).astype(np.uint8), CHANNELS, volume.grid)
+    one = evaluate._evaluate_region(region, volume, probabilities, fold="all", threshold=0.5, params=LIMITS)
+    assert one.scores is not None
+    assert one.scores.flat()["detection_f1"] == 1
+    assert not one.view.sides
+    assert one.view.true is not None
+    assert np.array_equal(one.view.predicted, one.view.true)
+    assert np.array_equal(np.unique(one.instances), [0, 1, 2, 3, 4])  # what is written keeps the sides
+
+
+def test_predictions_of_other_folds_are_one_message() -> None:
+    data = DataParams(**{role: _volume(role, n, "pairs") for n, role in enumerate(ROLES)})
+    params, _ = _run(data)
+    record = json.loads(Path("predicted", RUN_FILE).read_text())
+    record["data"] = {"model_1.safetensors": "0" * 64}
+    Path("predicted", RUN_FILE).write_text(json.dumps(record))
+    folders = {name: Path(name) for name in ("prepared", "predicted")}
+    with pytest.raises(SynmlopsError, match="synmlops infer"):
+        evaluate.run(params, **folders, curves=Path("none"), out=Path("other"))

@@ -16,7 +16,7 @@ from synmlops.learning.distributed import Ranks
 from synmlops.learning.loop import LOG_EVERY, Fitted, Recipe, Row, fit, learning_rate_at
 from synmlops.learning.losses import LossTerms, compute_loss
 from synmlops.learning.network import build_network
-from synmlops.learning.sampling import TrainRegion
+from synmlops.learning.sampling import LabelledRegion
 from synmlops.params import CHANNELS, SynmlopsError, TrainParams
 from synmlops.volumes.prepared import Box
 
@@ -87,7 +87,7 @@ class Bench:
         )
         return fit(
             recipe,
-            [TrainRegion(volume, Box((0, 0, 0), volume.shape_zyx))],
+            [LabelledRegion(volume, Box((0, 0, 0), volume.shape_zyx))],
             meta=meta,
             ranks=ranks,
             state_path=self.state,

@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import chisquare
 from tiny import TinyProject
 
-from synmlops.learning.sampling import Patch, PatchSampler, TrainRegion
+from synmlops.learning.sampling import LabelledRegion, Patch, PatchSampler
 from synmlops.params import SamplingParams, SynmlopsError
 from synmlops.volumes.labels import foreground_sum
 from synmlops.volumes.prepared import BACKGROUND, PRE, UNTRUSTED, Box, PreparedVolume
@@ -32,11 +32,11 @@ def _sides(shape: tuple[int, int, int] = (3, 8, 9)) -> np.ndarray:
     return sides
 
 
-def _whole(volume: PreparedVolume) -> TrainRegion:
-    return TrainRegion(volume, Box((0, 0, 0), volume.shape_zyx))
+def _whole(volume: PreparedVolume) -> LabelledRegion:
+    return LabelledRegion(volume, Box((0, 0, 0), volume.shape_zyx))
 
 
-def _sampler(*regions: TrainRegion, params: SamplingParams = PARAMS, seed: int = 0) -> PatchSampler:
+def _sampler(*regions: LabelledRegion, params: SamplingParams = PARAMS, seed: int = 0) -> PatchSampler:
     return PatchSampler(regions, params=params, seed=seed)
 
 
@@ -130,7 +130,7 @@ def test_threshold_is_inclusive(tmp_path: Path) -> None:
 
 def test_patches_stay_inside_their_region_and_reach_its_edges(tmp_path: Path) -> None:
     volume = _volume(tmp_path, np.full((6, 20, 20), PRE, np.uint8))
-    region = TrainRegion(volume, Box((1, 5, 7), (5, 14, 15)))
+    region = LabelledRegion(volume, Box((1, 5, 7), (5, 14, 15)))
     starts = np.array([_sampler(region).draw(step, 0).start_zyx for step in range(600)])
     assert starts.min(axis=0).tolist() == [1, 5, 7]
     assert (starts.max(axis=0) + PARAMS.patch_zyx).tolist() == [5, 14, 15]
@@ -164,7 +164,7 @@ def test_never_and_always_rejecting(tmp_path: Path, probability: float) -> None:
 
 def test_a_region_smaller_than_a_patch(tmp_path: Path) -> None:
     volume = _volume(tmp_path, _sides((3, 8, 9)))
-    small = TrainRegion(volume, Box((0, 0, 0), (3, 3, 9)))
+    small = LabelledRegion(volume, Box((0, 0, 0), (3, 3, 9)))
     with pytest.raises(
         SynmlopsError, match=r"a.h5: the training region \(3, 3, 9\) is smaller.*\(2, 4, 4\); lower"
     ):
@@ -174,8 +174,8 @@ def test_a_region_smaller_than_a_patch(tmp_path: Path) -> None:
 def test_no_foreground_in_the_regions(tmp_path: Path) -> None:
     volume = _volume(tmp_path, _sides((3, 8, 20)))
     with pytest.raises(SynmlopsError, match=r"a.h5: .* no synapse voxel"):
-        _sampler(TrainRegion(volume, Box((0, 0, 10), (3, 8, 20))))
-    assert _sampler(TrainRegion(volume, Box((0, 0, 10), (3, 8, 20))), _whole(volume))
+        _sampler(LabelledRegion(volume, Box((0, 0, 10), (3, 8, 20))))
+    assert _sampler(LabelledRegion(volume, Box((0, 0, 10), (3, 8, 20))), _whole(volume))
 
 
 def test_a_wish_that_no_patch_can_grant_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

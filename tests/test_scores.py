@@ -39,7 +39,6 @@ def _score(probabilities: np.ndarray, sides: np.ndarray) -> Scores:
         threshold=0.5,
         voxel_nm=VOXEL_NM,
         tables=tables,
-        mask=None,
         params=PARAMS,
     )
 
@@ -86,7 +85,7 @@ def test_untrusted_voxels_and_unknown_channels_do_not_count() -> None:
 @pytest.mark.parametrize(("kind", "sided"), [("pairs", True), ("semantic", True), ("union", False)])
 def test_true_instances_of_every_kind_are_the_same_synapses(kind: str, sided: bool) -> None:
     sides = _sides()
-    pairs = np.where(sides == PRE, 1, np.where(sides == POST, 2, 0)) + np.where(sides[..., :] != 0, 0, 0)
+    pairs = np.where(sides == PRE, 1, np.where(sides == POST, 2, 0))
     pairs[:, 10:] = np.where(pairs[:, 10:] > 0, pairs[:, 10:] + 2, 0)
     label = {"pairs": pairs.astype(np.uint16), "semantic": sides, "union": (sides > 0) * SIDE_UNKNOWN}[kind]
     found = true_instances(label.astype(np.uint16), kind, sides=sided)  # type: ignore[arg-type]

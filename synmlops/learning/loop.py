@@ -17,7 +17,7 @@ from synmlops.learning.distributed import Ranks
 from synmlops.learning.losses import LossTerms, compute_loss
 from synmlops.learning.network import build_network
 from synmlops.learning.predict import autocast
-from synmlops.learning.sampling import PatchSampler, TrainRegion
+from synmlops.learning.sampling import LabelledRegion, PatchSampler
 from synmlops.learning.targets import targets_of
 from synmlops.params import (
     AugmentParams,
@@ -80,7 +80,7 @@ class Fitted:
 
 def fit(
     recipe: Recipe,
-    regions: Sequence[TrainRegion],
+    regions: Sequence[LabelledRegion],
     *,
     meta: ModelMeta,
     ranks: Ranks,
@@ -93,7 +93,7 @@ def fit(
     Parameters
     ----------
     recipe : Recipe
-    regions : sequence of TrainRegion
+    regions : sequence of LabelledRegion
         The tissue patches are drawn from.
     meta : ModelMeta
         Network, channels and intensity statistics of the model to be.

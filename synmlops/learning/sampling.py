@@ -32,8 +32,8 @@ class Patch:
 
 
 @dataclass(frozen=True)
-class TrainRegion:
-    """A box of a volume that patches may lie in."""
+class LabelledRegion:
+    """A box of a labelled volume: patches lie in it, or a model is validated on it."""
 
     volume: PreparedVolume
     box: Box
@@ -51,7 +51,7 @@ class PatchSampler:
         If a region is smaller than a patch, or no region has any foreground.
     """
 
-    def __init__(self, regions: Sequence[TrainRegion], *, params: SamplingParams, seed: int) -> None:
+    def __init__(self, regions: Sequence[LabelledRegion], *, params: SamplingParams, seed: int) -> None:
         self._regions, self._params, self._seed = tuple(regions), params, seed
         for region in regions:
             if any(r < p for r, p in zip(region.box.shape_zyx, params.patch_zyx, strict=True)):
@@ -86,11 +86,11 @@ class PatchSampler:
             f"{MOST_DRAWS} draws; lower sampling.reject_below or sampling.reject_probability"
         )
 
-    def _is_rich(self, region: TrainRegion, start: NDArray[np.int_]) -> bool:
+    def _is_rich(self, region: LabelledRegion, start: NDArray[np.int_]) -> bool:
         count = count_in(region.volume.foreground_sum, start[None], self._params.patch_zyx)[0]
         return bool(count >= self._params.reject_below)
 
-    def _foreground(self, region: TrainRegion) -> int:
+    def _foreground(self, region: LabelledRegion) -> int:
         return int(
             count_in(region.volume.foreground_sum, np.array([region.box.start_zyx]), region.box.shape_zyx)[0]
         )

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +79,7 @@ def run(params: Params, *, prepared: Path, predicted: Path, curves: Path, out: P
                     manifest,
                     predicted,
                     params=params.evaluate,
-                    model_sha256=inferred.data[model_file(fold.name)],
+                    model_sha256=_model_digest(inferred, fold.name, predicted),
                 )
                 for fold in manifest.folds
             }
@@ -89,6 +89,17 @@ def run(params: Params, *, prepared: Path, predicted: Path, curves: Path, out: P
         _log(run, evaluation, out)
     say(run.notes)
     return evaluation
+
+
+def _model_digest(inferred: RunRecord, fold: str, predicted: Path) -> str:
+    """Give the digest of the model that a fold was predicted with."""
+    name = model_file(fold)
+    if name not in inferred.data:
+        raise SynmlopsError(
+            f"{predicted / RUN_FILE}: names no {name}, so the predictions are of other folds than the "
+            "prepared data; run `synmlops infer` again"
+        )
+    return inferred.data[name]
 
 
 def _score_all(
@@ -123,6 +134,7 @@ class _Scored:
 
     view: RegionView
     scores: Scores | None  # None where there is no label
+    instances: Instances  # all that was decoded; the view shows what the label can be compared with
     partners: pd.DataFrame | None
     start_zyx: tuple[int, int, int]  # of the region in its volume
 
@@ -174,58 +186,98 @@ def _evaluate_region(
     params: EvaluateParams,
 ) -> _Scored:
     """Decode one region and score it as far as its label and its model know."""
-    has_sides = probabilities.channels == CHANNELS
+    grid, has_sides = probabilities.grid, probabilities.channels == CHANNELS
     values = probabilities.values_czyx if has_sides else probabilities.values_czyx[-1:]
     instances = decode(values, threshold=threshold, params=params)
     neurons = volume.read("neurons", region.box)
-    partners = true = true_partners = scores = None
+    partners = None
     if has_sides:
         partners = partners_of(
             instances,
-            voxel_nm=probabilities.grid.voxel_nm,
-            offset_nm=probabilities.grid.offset_nm,
+            voxel_nm=grid.voxel_nm,
+            offset_nm=grid.offset_nm,
             probabilities_czyx=values,
             neurons=neurons,
             min_side_voxels=params.min_side_voxels,
-        )
-    if volume.kind is not None:
-        scored_sides = has_sides and volume.kind != "union"
-        label = volume.read("label", region.box)
-        assert label is not None  # prepare writes a label for every kind
-        true = true_instances(label, volume.kind, sides=scored_sides)
-        tables = None
-        if scored_sides and partners is not None:
-            true_partners = _true_partners(volume, region, true, neurons)
-            tables = Tables(partners, true_partners, with_neurons=neurons is not None)
-        trusted = volume.sides[region.box.slices] != UNTRUSTED
-        scores = score_region(
-            _histograms(probabilities, volume, region),
-            instances if scored_sides else _whole_synapses(instances, has_sides),
-            true,
-            threshold=threshold,
-            voxel_nm=probabilities.grid.voxel_nm,
-            tables=tables,
-            mask=None if trusted.all() else trusted,
-            params=params,
         )
     view = RegionView(
         name=region.name,
         fold=fold,
         image=volume.image[region.box.slices],
         predicted=instances,
-        true=true,
+        true=None,
         sides=has_sides,
         predicted_partners=partners,
-        true_partners=true_partners,
-        voxel_nm=probabilities.grid.voxel_nm,
-        offset_nm=probabilities.grid.offset_nm,
+        true_partners=None,
+        voxel_nm=grid.voxel_nm,
+        offset_nm=grid.offset_nm,
     )
-    return _Scored(view, scores, partners, region.box.start_zyx)
+    scores = None
+    if volume.kind is not None:
+        view = _beside_truth(view, volume, region, neurons=neurons)
+        scores = _score(view, _histograms(probabilities, volume, region), neurons, threshold, params)
+    return _Scored(view, scores, instances, partners, region.box.start_zyx)
 
 
-def _whole_synapses(instances: Instances, has_sides: bool) -> Instances:
-    """Give one id per synapse, whether or not the sides were decoded."""
-    return true_instances(instances, "pairs", sides=False) if has_sides else instances
+def _beside_truth(
+    view: RegionView, volume: PreparedVolume, region: Region, *, neurons: NDArray[np.unsignedinteger] | None
+) -> RegionView:
+    """Give a view with the truth, in the ids that both know, and without what lies outside the valid mask."""
+    assert volume.kind is not None  # the caller asks for labelled volumes alone
+    label = volume.read("label", region.box)
+    assert label is not None  # prepare writes a label for every kind
+    sides = view.sides and volume.kind != "union"
+    true = true_instances(label, volume.kind, sides=sides)
+    predicted = view.predicted
+    if view.sides and not sides:
+        predicted = true_instances(predicted, "pairs", sides=False)
+    predicted_partners = true_partners = None
+    trusted = volume.sides[region.box.slices] != UNTRUSTED
+    if sides and view.predicted_partners is not None:
+        predicted_partners = _with_trusted_ends(view.predicted_partners, trusted)
+        true_partners = _with_trusted_ends(_true_partners(volume, region, true, neurons), trusted)
+    if not trusted.all():
+        predicted, true = predicted * trusted, true * trusted
+    return replace(
+        view,
+        predicted=predicted,
+        true=true,
+        sides=sides,
+        predicted_partners=predicted_partners,
+        true_partners=true_partners,
+    )
+
+
+def _with_trusted_ends(table: pd.DataFrame, trusted: NDArray[np.bool_]) -> pd.DataFrame:
+    """Keep the partners both of whose points lie where the label can be trusted."""
+    kept = np.ones(len(table), bool)
+    for side in ("pre", "post"):
+        points = table[[f"{side}_{axis}" for axis in "zyx"]].to_numpy()
+        inside = ((points >= 0) & (points < trusted.shape)).all(axis=1)  # a site may reach beyond its region
+        kept[inside] &= trusted[tuple(points[inside].T)]
+    return pd.DataFrame(table[kept]).reset_index(drop=True)
+
+
+def _score(
+    view: RegionView,
+    histograms: Mapping[str, Histogram],
+    neurons: NDArray[np.unsignedinteger] | None,
+    threshold: float,
+    params: EvaluateParams,
+) -> Scores:
+    tables = None
+    if view.predicted_partners is not None and view.true_partners is not None:
+        tables = Tables(view.predicted_partners, view.true_partners, with_neurons=neurons is not None)
+    assert view.true is not None  # a view beside its truth
+    return score_region(
+        histograms,
+        view.predicted,
+        view.true,
+        threshold=threshold,
+        voxel_nm=view.voxel_nm,
+        tables=tables,
+        params=params,
+    )
 
 
 def _true_partners(
@@ -258,11 +310,11 @@ def _sum_up(scored: list[_Scored], points: dict[str, OperatingPoint]) -> Evaluat
 
 def _write_region(one: _Scored, probabilities: Probabilities, folder: Path) -> None:
     name = one.view.name
-    attrs = {"label_kind": "pairs" if one.view.sides else "union"}
+    attrs = {"label_kind": "union" if one.partners is None else "pairs"}
     (folder / "instances").mkdir(exist_ok=True)
     write_hdf5(
         folder / "instances" / f"{name}.h5",
-        {"main": one.view.predicted},
+        {"main": one.instances},
         grid=probabilities.grid,
         attrs=attrs,
         compression="gzip",

@@ -15,15 +15,15 @@ from synmlops.learning.checkpoint import Model, ModelMeta, save_model
 from synmlops.learning.distributed import Ranks, joined_ranks
 from synmlops.learning.loop import Fitted, Observer, Recipe, Row, fit
 from synmlops.learning.predict import predict
-from synmlops.learning.sampling import TrainRegion
-from synmlops.params import CHANNELS, Params, SynmlopsError, sections
+from synmlops.learning.sampling import LabelledRegion
+from synmlops.params import CHANNELS, InferParams, Params, SynmlopsError, sections
 from synmlops.progress import Report, say, track
 from synmlops.synapses.voxels import Histogram, add_by_key, voxel_histograms
 from synmlops.tracking.lineage import project_root
 from synmlops.tracking.recorder import Context
 from synmlops.tracking.runs import RunRecord, StageRun
 from synmlops.volumes.files import atomic_path
-from synmlops.volumes.prepared import Box, Fold, Manifest, PreparedVolume, Region, read_manifest
+from synmlops.volumes.prepared import Fold, Manifest, Region, read_manifest
 
 SECTIONS = ("seed", "data", "network", "sampling", "augment", "loss", "train")
 """What train depends on and logs."""
@@ -149,7 +149,9 @@ def _fit_fold(
         fold=fold.name,
     )
     truths = [
-        Truth.of(region, manifest) for region in fold.validation if manifest.volumes[region.volume].kind
+        LabelledRegion(volume, region.box)
+        for region in fold.validation
+        if (volume := manifest.volumes[region.volume]).kind
     ]
     fitted = fit(
         training.recipe,
@@ -157,13 +159,13 @@ def _fit_fold(
         meta=meta,
         ranks=ranks,
         state_path=training.states / f"{fold.name}.pt",
-        validate=partial(_validation_f1, truths=truths, params=params) if truths else None,
+        validate=partial(_validation_f1, truths=truths, params=params.train.validation) if truths else None,
         observer=observer,
     )
     return fitted, meta
 
 
-def train_regions(fold: Fold, manifest: Manifest, *, patch_zyx: tuple[int, int, int]) -> list[TrainRegion]:
+def train_regions(fold: Fold, manifest: Manifest, *, patch_zyx: tuple[int, int, int]) -> list[LabelledRegion]:
     """Give the training regions of a fold that can hold a patch.
 
     Raises
@@ -180,7 +182,7 @@ def train_regions(fold: Fold, manifest: Manifest, *, patch_zyx: tuple[int, int, 
                 f"sampling.patch_zyx {patch_zyx}; lower the patch or leave the volume out"
             )
         if all(n >= p for n, p in zip(region.box.shape_zyx, patch_zyx, strict=True)):
-            regions.append(TrainRegion(volume, region.box))
+            regions.append(LabelledRegion(volume, region.box))
     if not regions:
         raise SynmlopsError(
             f"fold {fold.name}: no training region holds a patch of {patch_zyx}; lower sampling.patch_zyx or "
@@ -189,25 +191,12 @@ def train_regions(fold: Fold, manifest: Manifest, *, patch_zyx: tuple[int, int, 
     return regions
 
 
-@dataclass(frozen=True)
-class Truth:
-    """A labelled region to validate on."""
-
-    volume: PreparedVolume
-    box: Box
-
-    @classmethod
-    def of(cls, region: Region, manifest: Manifest) -> "Truth":
-        """Look a region up in the manifest."""
-        return cls(manifest.volumes[region.volume], region.box)
-
-
-def _validation_f1(model: Model, *, truths: Sequence[Truth], params: Params) -> float:
+def _validation_f1(model: Model, *, truths: Sequence[LabelledRegion], params: InferParams) -> float:
     """Give the mean over the known channels of voxel F1 at its best threshold, over all regions together."""
     histograms: dict[str, Histogram] = {}
     for truth in truths:
         sides = truth.volume.sides[truth.box.slices]
-        slabs = predict(model, truth.volume.image[truth.box.slices], params=params.train.validation)
+        slabs = predict(model, truth.volume.image[truth.box.slices], params=params)
         for z, slab in slabs:
             found = voxel_histograms(
                 slab, sides[z : z + slab.shape[1]], names=CHANNELS, known=truth.volume.channels

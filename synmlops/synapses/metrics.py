@@ -1,4 +1,4 @@
-"""Scores of voxels, synapses and partners; docs/metrics.md defines each with its formula.
+"""Scores of synapses and partners; docs/metrics.md defines each, and voxels.py has those of voxels.
 
 Every score is a small frozen dataclass of whole numbers that adds up over volumes and folds, and the ratios
 are taken from the sums. Nothing here is NaN: where nothing is true and nothing predicted a ratio is 1, and

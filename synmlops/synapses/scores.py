@@ -105,7 +105,6 @@ def score_region(
     threshold: float,
     voxel_nm: tuple[float, float, float],
     tables: Tables | None,
-    mask: NDArray[np.bool_] | None,
     params: EvaluateParams,
 ) -> Scores:
     """Score one region at an operating point.
@@ -115,14 +114,13 @@ def score_region(
     histograms : mapping
         From `voxel_histograms`.
     predicted, true : (Z, Y, X) array of unsigned int
-        In the pairs convention if `tables` is given, else one id per synapse.
+        In the pairs convention if `tables` is given, else one id per synapse; 0 where the label is not to be
+        trusted.
     threshold : float
         Operating point, for the voxel scores.
     voxel_nm : (3,) float
     tables : Tables or None
         Partner tables; None where the sides are not known.
-    mask : (Z, Y, X) array of bool or None
-        Only voxels where it is set count.
     params : EvaluateParams
         Limits of the matchings.
     """
@@ -133,7 +131,6 @@ def score_region(
         voxel_nm=voxel_nm,
         iou=params.iou,
         centroid_nm=params.centroid_nm,
-        mask=mask,
     )
     partners = with_neurons = None
     if tables is not None:

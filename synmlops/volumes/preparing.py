@@ -195,7 +195,7 @@ def prepare_volume(
         kind=source.kind,
         grid=grid,
         sources=source.paths,
-        sha256={name: digest_of(where) for name, where in source.paths.items()},
+        sha256=_digests_of(source),
         partners=partners,
     )
     return Preparation(volume, intensities, summary, summary.problems if summary else ())
@@ -229,6 +229,13 @@ def digest_of(source: str) -> str:
     names = sorted(file for file in path.iterdir() if file.is_file())
     listing = "\n".join(f"{file.name} {sha256_of(file)}" for file in names)
     return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _digests_of(source: Source) -> dict[str, str]:
+    """Give the digest of each part's file, reading a file that holds several parts once."""
+    files = {name: where.partition("::")[0] for name, where in source.paths.items()}
+    digests = {file: digest_of(file) for file in set(files.values())}
+    return {name: digests[file] for name, file in files.items()}
 
 
 def _check_parts(parts: dict[str, Volume], kind: LabelKind | None) -> LabelSummary | None:
