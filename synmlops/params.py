@@ -1,10 +1,9 @@
-"""params.yaml as typed, frozen models, and the error a user can mend.
+"""params.yaml as typed, frozen models: the data, evaluation, and all sections together.
 
 Every field of every section must stand in params.yaml: DVC compares files, so a default that stood in
 code alone could change without any stage noticing. `load_params` names a missing key with its default.
 """
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,33 +11,52 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from synmlops.explain import explain, missing_keys
+from synmlops.learning_params import (
+    AugmentParams,
+    InferParams,
+    LossParams,
+    NetworkParams,
+    SamplingParams,
+    TrainParams,
+)
+from synmlops.section import (
+    CHANNELS,
+    SCALE,
+    Fraction,
+    LabelKind,
+    Nm,
+    NonNegative,
+    Positive,
+    Precision,
+    Section,
+    Size,
+    SynmlopsError,
+    Zyx,
+)
 
-CHANNELS = ("pre", "post", "union")
-"""What the network predicts, in this order, wherever a channel axis appears."""
-
-SCALE = 255
-"""Grey level of probability 1, wherever probabilities are uint8."""
-
-Size = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Zyx = tuple[Count, Count, Count]
-Nm = tuple[Positive, Positive, Positive]
-LabelKind = Literal["pairs", "semantic", "union"]
-Precision = Literal["auto", "bf16", "float32"]
-
-
-class SynmlopsError(Exception):
-    """What a user can mend: one message with the value, what is allowed and what to do next."""
-
-
-class Section(BaseModel):
-    """A part of params.yaml: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+__all__ = [
+    "CHANNELS",
+    "SCALE",
+    "AugmentParams",
+    "DataParams",
+    "EvaluateParams",
+    "InferParams",
+    "LabelKind",
+    "LossParams",
+    "NetworkParams",
+    "Params",
+    "PhantomParams",
+    "Precision",
+    "SamplingParams",
+    "Section",
+    "SplitParams",
+    "SynmlopsError",
+    "TrainParams",
+    "VolumeSet",
+    "flatten",
+    "load_params",
+    "sections",
+]
 
 
 class PhantomParams(Section):
@@ -117,119 +135,6 @@ class DataParams(Section):
         return self
 
 
-class NetworkParams(Section):
-    """An anisotropic residual 3-D U-Net, from full resolution (level 0) down."""
-
-    name: str = "residual_unet"
-    stem_zyx: Zyx = (1, 4, 4)  # voxels folded into channels at the input and unfolded at the output
-    widths: Annotated[tuple[Count, ...], Field(min_length=1)] = (48, 64, 96)  # channels, one per level
-    kernels: tuple[Zyx, ...] = ((1, 3, 3), (3, 3, 3), (3, 3, 3))  # one per level
-    pools: tuple[Zyx, ...] = ((1, 2, 2), (2, 2, 2))  # between levels: one fewer
-    blocks: Count = 1  # residual blocks of two convolutions per level and side
-    norm: Literal["group", "batch", "instance"] = "group"
-    activation: Literal["relu", "silu", "elu"] = "relu"
-    exclusive: bool = False  # softmax over background, pre and post, instead of a sigmoid for each channel
-
-    @model_validator(mode="after")
-    def _levels_agree(self) -> Self:
-        n = len(self.widths)
-        if len(self.kernels) != n or len(self.pools) != n - 1:
-            raise ValueError(
-                f"network: {n} widths want {n} kernels and {n - 1} pools, "
-                f"got {len(self.kernels)} and {len(self.pools)}"
-            )
-        even = [k for k in self.kernels if any(size % 2 == 0 for size in k)]
-        if even:
-            raise ValueError(f"network.kernels: sizes must be odd, got {list(even[0])}")
-        return self
-
-    def total_pool_zyx(self) -> tuple[int, int, int]:
-        """Voxels that one voxel of the lowest level covers; patches are multiples of it."""
-        steps = (self.stem_zyx, *self.pools)
-        z, y, x = (math.prod(step[axis] for step in steps) for axis in range(3))
-        return z, y, x
-
-    def receptive_field_zyx(self) -> tuple[int, int, int]:
-        """Width in voxels of the input that can move one output voxel, along z, y and x.
-
-        Counts the convolutions of encoder and decoder; an upper bound, held by a test on gradients.
-        """
-        z, y, x = (self._receptive_field(axis) for axis in range(3))
-        return z, y, x
-
-    def _receptive_field(self, axis: int) -> int:
-        step = self.stem_zyx[axis]
-        reach = self.kernels[0][axis] // 2 * step  # the stem's convolution, then those of the blocks
-        for level, kernel in enumerate(self.kernels):
-            sides = 1 if level == len(self.kernels) - 1 else 2
-            reach += sides * 2 * self.blocks * (kernel[axis] // 2) * step
-            if level < len(self.pools):
-                step *= self.pools[level][axis]
-        return 2 * reach + step
-
-
-class SamplingParams(Section):
-    """Which patches training sees."""
-
-    patch_zyx: Zyx = (16, 96, 96)  # voxels
-    batch_size: Count = 4  # patches of one step, over all processes
-    reject_below: Size = 300  # foreground voxels; a poorer patch is rejected ...
-    reject_probability: Fraction = 0.95  # ... this often
-
-
-class AugmentParams(Section):
-    """Chances and strengths of what happens to a batch; 0 turns a line off."""
-
-    flip: Fraction = 0.5  # each of z, y, x
-    transpose: Fraction = 0.5  # y and x
-    intensity: Fraction = 0.5  # contrast, brightness and gamma
-    noise: Fraction = 0.3  # Gaussian
-    blur: Fraction = 0.1  # defocused sections
-    missing_section: Fraction = 0.05
-    misalign: Fraction = 0.1  # a section onward is shifted
-
-
-class LossParams(Section):
-    """The sum of these terms, by weight; each is masked by what the label knows."""
-
-    bce: NonNegative = 1.0  # binary cross-entropy with foreground weighting
-    dice: NonNegative = 0.5
-    foreground_weight_clip: tuple[Share, Share] = (0.2, 0.8)  # of the foreground share
-
-    @model_validator(mode="after")
-    def _something_to_descend(self) -> Self:
-        if self.bce == self.dice == 0:
-            raise ValueError("loss: bce and dice are both 0, so nothing would be learnt; set one of them")
-        low, high = self.foreground_weight_clip
-        if low > high:
-            raise ValueError(f"loss.foreground_weight_clip: {low} is more than {high}; swap the two")
-        return self
-
-
-class InferParams(Section):
-    """The sliding window."""
-
-    window_zyx: Zyx = (16, 256, 256)
-    overlap: Annotated[float, Field(ge=0, le=0.75)] = 0.25  # of the window, along each axis
-    batch_size: Count = 1  # windows
-    precision: Precision = "auto"
-
-
-class TrainParams(Section):
-    """The optimisation."""
-
-    steps: Count = 2200
-    learning_rate: Positive = 0.007
-    weight_decay: NonNegative = 0.01
-    warmup_steps: Size = 80
-    gradient_clip: Positive = 1.0
-    ema: Fraction = 0.99  # decay of the averaged weights, which are validated and exported
-    validate_every: Count = 440  # steps
-    validation: InferParams = InferParams()  # apart from infer's own, so that changing that trains nothing
-    checkpoint_every: Count = 100  # steps
-    precision: Precision = "auto"  # bf16 where the device is fast in it
-
-
 class EvaluateParams(Section):
     """Decoding and scores."""
 
@@ -272,6 +177,15 @@ class Params(Section):
         ]
         if problems:
             raise ValueError("\n".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _loss_fits_network(self) -> Self:
+        if self.loss.cross_entropy and not self.network.exclusive:
+            raise ValueError(
+                "loss.cross_entropy: wants background, pre and post to exclude each other; set "
+                "network.exclusive: true, or use loss.bce"
+            )
         return self
 
     @model_validator(mode="after")

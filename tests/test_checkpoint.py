@@ -15,7 +15,7 @@ from synmlops.learning.checkpoint import (
     save_model,
     save_state,
 )
-from synmlops.learning.network import build_network
+from synmlops.learning.networks.registry import build_network
 from synmlops.params import NetworkParams, SynmlopsError
 
 NETWORK = NetworkParams(widths=(4, 6), kernels=((1, 3, 3), (3, 3, 3)), pools=((1, 2, 2),), norm="batch")

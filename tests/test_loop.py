@@ -15,7 +15,7 @@ from synmlops.learning.checkpoint import Model, ModelMeta, load_state, save_stat
 from synmlops.learning.distributed import Ranks
 from synmlops.learning.loop import LOG_EVERY, Fitted, Recipe, Row, fit, learning_rate_at
 from synmlops.learning.losses import LossTerms, compute_loss
-from synmlops.learning.network import build_network
+from synmlops.learning.networks.registry import build_network
 from synmlops.learning.sampling import LabelledRegion
 from synmlops.params import CHANNELS, SynmlopsError, TrainParams
 from synmlops.volumes.prepared import Box

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from synmlops.learning.network import NETWORKS, build_network, fold_voxels, unfold_voxels
+from synmlops.learning.networks.registry import NETWORKS, build_network, fold_voxels, unfold_voxels
 from synmlops.params import NetworkParams, SynmlopsError
 
 SMALL = NetworkParams(

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from synmlops.learning.checkpoint import Model, ModelMeta
-from synmlops.learning.network import build_network
+from synmlops.learning.networks.registry import build_network
 from synmlops.learning.predict import autocast, predict, predict_array
 from synmlops.params import CHANNELS, InferParams, NetworkParams
 

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from synmlops.learning.checkpoint import ModelMeta, load_model, save_model
-from synmlops.learning.network import build_network
+from synmlops.learning.networks.registry import build_network
 from synmlops.learning.predict import predict_array
 from synmlops.params import InferParams, NetworkParams, SynmlopsError
 from synmlops.serving.client import predict_over_http
@@ -197,7 +197,7 @@ def test_a_busy_server_says_so_in_time(served: SynapseModel, monkeypatch: pytest
 def test_the_code_that_travels_is_what_serving_imports_and_no_more() -> None:
     package = bundle.MODEL_CODE.parents[1]
     names = {path.relative_to(package).as_posix() for path in bundle.code_files()}
-    needed = {"__init__.py", "params.py", "learning/predict.py", "learning/network.py", "serving/pyfunc.py"}
+    needed = {"__init__.py", "params.py", "learning/predict.py", "learning/networks/registry.py", "serving/pyfunc.py"}
     assert needed <= names
     rooms = {name.partition("/")[0] for name in names if "/" in name}
     assert rooms == {"learning", "serving", "volumes"}

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from synmlops.learning.network import build_network
+from synmlops.learning.networks.registry import build_network
 from synmlops.params import NetworkParams, Section, SynmlopsError
 from synmlops.volumes.files import atomic_path
 

@@ -15,7 +15,7 @@ from synmlops.learning.augment import augment
 from synmlops.learning.checkpoint import Model, ModelMeta, load_state, save_state
 from synmlops.learning.distributed import Ranks
 from synmlops.learning.losses import LossTerms, compute_loss
-from synmlops.learning.network import build_network
+from synmlops.learning.networks.registry import build_network
 from synmlops.learning.predict import autocast
 from synmlops.learning.sampling import LabelledRegion, PatchSampler
 from synmlops.learning.targets import targets_of

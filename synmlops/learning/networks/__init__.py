@@ -1,0 +1,1 @@
+"""Networks by name: image patch in, logits out."""

@@ -1,0 +1,294 @@
+"""The parts of params.yaml that training and inference read."""
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from synmlops.section import (
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Precision,
+    Section,
+    Share,
+    Size,
+    Zyx,
+)
+
+
+class NetworkParams(Section):
+    """A 3-D encoder-decoder, from full resolution (level 0) down."""
+
+    name: str = (
+        "residual_unet"  # residual_unet, light_unet, plus_unet, or a function of yours: my_pkg.my_net:build
+    )
+    stem_zyx: Zyx = (1, 4, 4)  # voxels folded into channels at the input and unfolded at the output
+    widths: Annotated[tuple[Count, ...], Field(min_length=1)] = (48, 64, 96)  # channels, one per level
+    kernels: tuple[Zyx, ...] = ((1, 3, 3), (3, 3, 3), (3, 3, 3))  # one per level
+    pools: tuple[Zyx, ...] = ((1, 2, 2), (2, 2, 2))  # between levels: one fewer
+    blocks: Count = 1  # residual blocks of two convolutions per level and side
+    norm: Literal["group", "batch", "instance"] = "group"
+    activation: Literal["relu", "silu", "elu"] = "relu"
+    squeeze_excite: bool = False  # each residual block weighs its channels by their means over the patch
+    deep_supervision: Size = 0  # coarser levels of the decoder that training gives a loss of their own
+    exclusive: bool = False  # softmax over background, pre and post, instead of a sigmoid for each channel
+    options: dict[str, str | int | float | bool | None] = Field(
+        {}
+    )  # what a network of your own reads beside these
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> Self:
+        n = len(self.widths)
+        if len(self.kernels) != n or len(self.pools) != n - 1:
+            raise ValueError(
+                f"network: {n} widths want {n} kernels and {n - 1} pools, "
+                f"got {len(self.kernels)} and {len(self.pools)}"
+            )
+        even = [k for k in self.kernels if any(size % 2 == 0 for size in k)]
+        if even:
+            raise ValueError(f"network.kernels: sizes must be odd, got {list(even[0])}")
+        if self.deep_supervision > n - 1:
+            raise ValueError(
+                f"network.deep_supervision: {self.deep_supervision} levels, but {n} widths have {n - 1} "
+                f"coarser levels; use {n - 1} or less"
+            )
+        return self
+
+    def total_pool_zyx(self) -> tuple[int, int, int]:
+        """Voxels that one voxel of the lowest level covers; patches are multiples of it."""
+        steps = (self.stem_zyx, *self.pools)
+        z, y, x = (math.prod(step[axis] for step in steps) for axis in range(3))
+        return z, y, x
+
+    def receptive_field_zyx(self) -> tuple[int, int, int]:
+        """Width in voxels of the input that can move one output voxel, along z, y and x.
+
+        Counts the convolutions of encoder and decoder; an upper bound, held by a test on gradients.
+        """
+        z, y, x = (self._receptive_field(axis) for axis in range(3))
+        return z, y, x
+
+    def _receptive_field(self, axis: int) -> int:
+        step = self.stem_zyx[axis]
+        reach = self.kernels[0][axis] // 2 * step  # the stem's convolution, then those of the blocks
+        for level, kernel in enumerate(self.kernels):
+            sides = 1 if level == len(self.kernels) - 1 else 2
+            reach += sides * 2 * self.blocks * (kernel[axis] // 2) * step
+            if level < len(self.pools):
+                step *= self.pools[level][axis]
+        return 2 * reach + step
+
+
+class SamplingParams(Section):
+    """Which patches training sees."""
+
+    patch_zyx: Zyx = (16, 96, 96)  # voxels
+    batch_size: Count = 4  # patches of one step, over all processes
+    reject_below: Size = 300  # trusted foreground voxels; a poorer patch is rejected ...
+    reject_probability: Fraction = 0.95  # ... this often
+    min_synapses: Size = 0  # synapses whose middle lies in the patch; with fewer it counts as poor too
+    min_trusted: Fraction = 0.0  # share of voxels that the mask trusts; a patch with less is never drawn
+    centred: Fraction = 0.0  # share of patches centred on a synapse, all synapses alike; no rejection there
+    volume_weights: dict[str, Positive] = Field(
+        {}
+    )  # prepared volume to how often its positions are drawn; others 1
+
+
+class FreeRotation(Section):
+    """Rotation in plane by any angle."""
+
+    probability: Fraction = 0.0
+    degrees: Annotated[float, Field(ge=0, le=180)] = 180.0  # greatest angle, either way
+
+
+class Scaling(Section):
+    """Zoom in plane, drawn evenly on a logarithmic scale."""
+
+    probability: Fraction = 0.0
+    factor: Annotated[float, Field(ge=1, le=2)] = 1.25  # greatest, in or out
+
+
+class Elastic(Section):
+    """Smooth deformation in plane, the same for all sections of a patch."""
+
+    probability: Fraction = 0.0
+    displacement: NonNegative = 6.0  # voxels; standard deviation at the control points
+    spacing: Annotated[float, Field(ge=4)] = 32.0  # voxels between control points
+
+
+class Misalignment(Section):
+    """Every section from one onward, or one section alone, is shifted and rotated in plane."""
+
+    probability: Fraction = 0.1
+    shift: Size = 12  # greatest, in voxels
+    degrees: Annotated[float, Field(ge=0, le=45)] = 0.0  # greatest
+    single: Fraction = 0.0  # share of cases in which one section alone is out of place
+
+
+class MissingSection(Section):
+    """Sections lost whole or in part: filled with the mean, or dark."""
+
+    probability: Fraction = 0.05
+    most: Count = 1  # sections in a patch
+    partly: Fraction = 0.0  # share of lost sections of which a part, cut off by a line, is left
+
+
+class Intensity(Section):
+    """Brightness, contrast and gamma of the whole patch; greatest changes, drawn evenly."""
+
+    probability: Fraction = 0.5
+    brightness: NonNegative = 0.25  # standard deviations of the image
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    per_section: Fraction = 0.0  # share of cases in which each section draws its own
+
+
+class Noise(Section):
+    """Gaussian noise."""
+
+    probability: Fraction = 0.3
+    deviation: NonNegative = 0.5  # greatest, in standard deviations of the image
+
+
+class Blur(Section):
+    """Gaussian blur in plane: of the whole patch, or of a run of sections (defocus)."""
+
+    probability: Fraction = 0.0
+    sigma: Positive = 1.5  # greatest, in voxels
+
+
+class MotionBlur(Section):
+    """Smear of some sections along one direction."""
+
+    probability: Fraction = 0.0
+    length: Annotated[int, Field(ge=2)] = 9  # greatest, in voxels
+    most: Count = 2  # sections in a patch
+
+
+class CutNoise(Section):
+    """Noise in a box."""
+
+    probability: Fraction = 0.0
+    share: Fraction = 0.4  # greatest side of the box as a share of the patch's
+    deviation: NonNegative = 0.5  # greatest, in standard deviations of the image
+
+
+class CutBlur(Section):
+    """A box at lower resolution: averaged over blocks in plane."""
+
+    probability: Fraction = 0.0
+    share: Fraction = 0.4  # greatest side of the box as a share of the patch's
+    factor: Annotated[int, Field(ge=2)] = 4  # greatest side of a block, in voxels
+
+
+class CopyPaste(Section):
+    """Synapses of other places pasted into the patch, with their surroundings."""
+
+    probability: Fraction = 0.0
+    most: Count = 2  # synapses in a patch
+
+
+class AugmentParams(Section):
+    """Chances and strengths of what happens to a patch; probability 0 turns a line off."""
+
+    flip: Fraction = 0.5  # each of z, y, x
+    quarter_turn: Fraction = (
+        0.5  # swaps y and x, and with flips gives all turns; all axes if voxels are isotropic
+    )
+    rotate: FreeRotation = FreeRotation()
+    scale: Scaling = Scaling()
+    elastic: Elastic = Elastic()
+    misalign: Misalignment = Misalignment()
+    copy_paste: CopyPaste = CopyPaste()
+    blur: Blur = Blur()
+    defocus: Blur = Blur(probability=0.1)
+    motion_blur: MotionBlur = MotionBlur()
+    intensity: Intensity = Intensity()
+    invert: Fraction = 0.0  # of the whole patch
+    noise: Noise = Noise()
+    cut_noise: CutNoise = CutNoise()
+    cut_blur: CutBlur = CutBlur()
+    missing_section: MissingSection = MissingSection()
+
+
+class LossParams(Section):
+    """The sum of these terms, by weight; each is masked by what the label knows."""
+
+    bce: NonNegative = 1.0  # binary cross-entropy with foreground weighting
+    dice: NonNegative = 0.5
+    focal: NonNegative = 0.0
+    focal_gamma: NonNegative = 2.0
+    tversky: NonNegative = 0.0
+    tversky_weights: tuple[NonNegative, NonNegative] = (0.3, 0.7)  # of false positives and false negatives
+    cross_entropy: NonNegative = (
+        0.0  # over background, pre and post with foreground weighting; exclusive networks
+    )
+    overlap: NonNegative = 0.0  # penalty where pre and post are both likely
+    coarse: Fraction = 0.5  # weight of each coarser level under deep supervision, against the level before it
+    foreground_weight_clip: tuple[Share, Share] = (0.2, 0.8)  # of the foreground share
+
+    @model_validator(mode="after")
+    def _something_to_descend(self) -> Self:
+        if not any((self.bce, self.dice, self.focal, self.tversky, self.cross_entropy)):
+            raise ValueError(
+                "loss: bce, dice, focal, tversky and cross_entropy are all 0, so nothing would be learnt; "
+                "set one of them"
+            )
+        low, high = self.foreground_weight_clip
+        if low > high:
+            raise ValueError(f"loss.foreground_weight_clip: {low} is more than {high}; swap the two")
+        if self.tversky and not any(self.tversky_weights):
+            raise ValueError("loss.tversky_weights: both are 0, so no mistake would count; use [0.3, 0.7]")
+        return self
+
+
+class InferParams(Section):
+    """The sliding window."""
+
+    window_zyx: Zyx = (16, 256, 256)
+    overlap: Annotated[float, Field(ge=0, le=0.75)] = 0.25  # of the window, along each axis
+    batch_size: Count = 1  # windows
+    precision: Precision = "auto"
+
+
+class TrainParams(Section):
+    """The optimisation."""
+
+    steps: Count = 2200
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    learning_rate: Positive = 0.007
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of sgd
+    weight_decay: NonNegative = 0.01
+    schedule: Literal["cosine", "multistep", "poly", "constant"] = "cosine"  # after the warm-up
+    milestones: tuple[Count, ...] = ()  # steps from which multistep goes down ...
+    milestone_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1  # ... by this factor each time
+    poly_power: Positive = 0.9
+    warmup_steps: Size = 80
+    gradient_clip: Positive = 1.0  # greatest norm
+    accumulate: Count = 1  # parts that a process takes its share of the batch in, for less memory
+    ema: Annotated[float, Field(ge=0, lt=1)] = (
+        0.99  # decay of the averaged weights, which are validated and exported
+    )
+    validate_every: Count = 440  # steps
+    early_stop: Size = 0  # validations in a row without a better score that end training; 0: never
+    validation: InferParams = InferParams()  # apart from infer's own, so that changing that trains nothing
+    checkpoint_every: Count = 100  # steps
+    precision: Precision = "auto"  # bf16 where the device is fast in it
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.schedule == "multistep" and not self.milestones:
+            raise ValueError(
+                f"train.milestones: multistep needs some; use [{self.steps * 2 // 3}], "
+                "or another train.schedule"
+            )
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"train.milestones: {list(self.milestones)} must rise")
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"train.warmup_steps: {self.warmup_steps} are more than all {self.steps} steps; use "
+                f"{self.steps // 10} or less"
+            )
+        return self
