@@ -19,6 +19,7 @@ from synmlops.params import (
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "params.yaml", *sorted(ROOT.glob("examples/*/params.yaml"))]
 VOLUMES = {"image": "a.h5@b.h5", "label": ["c.h5", "d.h5"], "label_kind": "pairs"}
+WIDE_SPLIT = {"axis": "y", "bands": 4, "guard": 500}
 DROP = object()
 
 Write = Callable[..., Path]
@@ -115,7 +116,8 @@ def test_unknown_key_like_no_other_gets_no_advice(write: Write) -> None:
         ("network.norm", "group"),
         ("data.split", "null"),
         ("evaluate.threshold", "auto"),
-        ("loss", "{bce: 1.0, dice: 0.5, foreground_weight_clip: [0.2, 0.8]}"),
+        ("augment.rotate", "{probability: 0.0, degrees: 180.0}"),
+        ("augment.noise.deviation", "0.5"),
     ],
 )
 def test_missing_key_gives_its_default(write: Write, key: str, default: str) -> None:
@@ -140,6 +142,12 @@ def test_missing_data_has_no_default(write: Write) -> None:
         ("augment.flip", None, "augment.flip: must be a number, got null"),
         ("infer.overlap", 0.9, "infer.overlap: must be at most 0.75, got 0.9"),
         ("network.norm", "grup", "network.norm: must be 'group', 'batch' or 'instance', got 'grup'"),
+        ("augment.scale.factor", 3, "augment.scale.factor: must be at most 2, got 3"),
+        ("augment.elastic", 0.5, "augment.elastic: must be a section of keys, got 0.5"),
+        ("augment.rotat", {}, "augment.rotat: unknown key; did you mean augment.rotate?"),
+        ("train.optimizer", "lion", "train.optimizer: must be 'adamw', 'adam' or 'sgd', got 'lion'"),
+        ("train.ema", 1, "train.ema: must be less than 1, got 1"),
+        ("sampling.centred", 2, "sampling.centred: must be at most 1, got 2"),
         ("train.precision", "half", "train.precision: must be 'auto', 'bf16' or 'float32', got 'half'"),
         ("sampling.patch_zyx", 8, "sampling.patch_zyx: must be a list, got 8"),
         ("sampling.patch_zyx", [8], "sampling.patch_zyx: must be a list of 3, got [8]"),
@@ -186,7 +194,7 @@ def test_wrong_value_is_one_line_with_key_allowed_and_got(
 def test_volume_sets_are_explained_without_the_branches_of_a_union(
     write: Write, changes: dict[str, Any], complaint: str
 ) -> None:
-    volumes = {"data.phantom": None, "data.split": {"axis": "y", "bands": 4, "guard": 500}}
+    volumes = {"data.phantom": None, "data.split": WIDE_SPLIT}
     assert _complaint(write(volumes | {"data.train": VOLUMES | changes})) == complaint
 
 
@@ -223,7 +231,7 @@ def test_a_long_value_is_cut_short(write: Write) -> None:
                 "data.phantom": None,
                 "data.train": VOLUMES,
                 "data.test": VOLUMES,
-                "data.split": {"axis": "y", "bands": 4, "guard": 500},
+                "data.split": WIDE_SPLIT,
             },
             "data: split takes its test regions from train",
         ),
@@ -232,7 +240,26 @@ def test_a_long_value_is_cut_short(write: Write) -> None:
         ({"network.widths": [8, 8]}, "network: 2 widths want 2 kernels and 1 pools, got 3 and 2"),
         ({"network.kernels": [[1, 3, 3]] * 4}, "network: 3 widths want 3 kernels and 2 pools, got 4 and 2"),
         ({"network.kernels": [[1, 3, 4]] * 3}, "network.kernels: sizes must be odd, got [1, 3, 4]"),
-        ({"loss.bce": 0, "loss.dice": 0}, "loss: bce and dice are both 0"),
+        (
+            {"loss.bce": 0, "loss.dice": 0, "loss.overlap": 1},
+            "loss: bce, dice, focal, tversky and cross_entropy",
+        ),
+        ({"loss.tversky": 1, "loss.tversky_weights": [0, 0]}, "loss.tversky_weights: both are 0"),
+        (
+            {"loss.cross_entropy": 1},
+            "loss.cross_entropy: wants background, pre and post to exclude each other",
+        ),
+        ({"network.deep_supervision": 3}, "network.deep_supervision: 3 levels, but 3 widths have 2 coarser"),
+        ({"train.schedule": "multistep"}, "train.milestones: multistep needs some; use [1466]"),
+        ({"train.milestones": [20, 10]}, "train.milestones: [20, 10] must rise"),
+        (
+            {"train.warmup_steps": 5000},
+            "train.warmup_steps: 5000 are more than all 2200 steps; use 220 or less",
+        ),
+        (
+            {"train.early_stop": 2, "data.phantom": None, "data.train": VOLUMES, "data.split": WIDE_SPLIT},
+            "train.early_stop: 2, but a cross-validation has no validation region",
+        ),
         ({"loss.foreground_weight_clip": [0.9, 0.1]}, "loss.foreground_weight_clip: 0.9 is more than 0.1"),
     ],
 )
