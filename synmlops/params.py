@@ -192,8 +192,8 @@ class Params(Section):
     def _early_stop_has_a_score(self) -> Self:
         if self.train.early_stop and self.data.split is not None:
             raise ValueError(
-                f"train.early_stop: {self.train.early_stop}, but a cross-validation has no validation region to "
-                "score; use 0 with data.split, or give data.validation"
+                f"train.early_stop: {self.train.early_stop}, but a cross-validation has no validation region "
+                "to score; use 0 with data.split, or give data.validation"
             )
         return self
 
