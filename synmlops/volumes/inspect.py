@@ -25,7 +25,7 @@ BINS = 16
 PERCENTS = (0, 1, 50, 99, 100)
 _BARS = " ▁▂▃▄▅▆▇█"
 _FINE_BINS = 1 << 12  # multiple of BINS
-_TABLES = ("foreground_sum",)  # datasets of prepare that are no voxels
+_TABLES = ("foreground_sum", "trusted_sum")  # datasets of prepare that are no voxels
 _SATURATED = 0.01  # share of voxels at an end of the range from which it is worth saying
 _SAME_NEIGHBOUR = 0.6  # share of non-zero voxels equal to a neighbour in x from which it is a label
 
@@ -140,9 +140,7 @@ def _volumes_in(source: str) -> list[str]:
         found = list_datasets(path)
     except SynmlopsError:
         return [source]  # opening it gives the message
-    volumes = [
-        name for name, (shape, _) in found.items() if len(shape) in (3, 4) and name != "foreground_sum"
-    ]
+    volumes = [name for name, (shape, _) in found.items() if len(shape) in (3, 4) and name not in _TABLES]
     return [f"{source}::{name}" for name in volumes] if len(volumes) > 1 else [source]
 
 

@@ -214,7 +214,7 @@ def count_components(slabs: Iterable[NDArray[Any]]) -> int:
         found, n = cc3d.connected_components(slab != 0, connectivity=26, return_N=True)
         labels = np.where(found > 0, found.astype(np.int64) + total, 0)
         if last is not None:
-            edges.append(_touching(last, labels[0]))
+            edges.append(touching(last, labels[0]))
         total, last = total + int(n), labels[-1]
     if total == 0:
         return 0
@@ -321,7 +321,7 @@ def _refuse_one_sided(name: str, kind: LabelKind, ids: NDArray[np.uint64]) -> No
             )
 
 
-def _touching(above: NDArray[np.int64], below: NDArray[np.int64]) -> NDArray[np.int64]:
+def touching(above: NDArray[np.int64], below: NDArray[np.int64]) -> NDArray[np.int64]:
     """Give pairs of labels of two neighbouring sections that touch, diagonals included, as (2, N)."""
     height, width = above.shape
     pairs = []

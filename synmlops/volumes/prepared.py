@@ -6,6 +6,8 @@ memory map:
 - `image`: uint8 or uint16;
 - `sides`: uint8, what is known of each voxel (`BACKGROUND`, `PRE`, `POST`, `SIDE_UNKNOWN`, `UNTRUSTED`);
 - `foreground_sum`: summed-volume table of the trusted foreground, one longer along each axis;
+- `trusted_sum`: the same of the trusted voxels, where a mask was given;
+- `sites`: (N, 9) int32, where each synapse is (see `synmlops.volumes.sites`);
 - `label`: instance ids in the volume's own label kind; `neurons`, where a segmentation was given.
 """
 
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 
 from synmlops.params import CHANNELS, LabelKind, SynmlopsError
 from synmlops.volumes.files import atomic_path
-from synmlops.volumes.hdf5 import list_datasets
+from synmlops.volumes.hdf5 import Hdf5Dataset, list_datasets
 from synmlops.volumes.store import Grid, open_volume
 
 BACKGROUND, PRE, POST, SIDE_UNKNOWN, UNTRUSTED = 0, 1, 2, 3, 255
@@ -110,6 +112,30 @@ class PreparedVolume:
     def foreground_sum(self) -> NDArray[Any]:
         """Summed-volume table of the trusted foreground, (z + 1, y + 1, x + 1)."""
         return self._map("foreground_sum")
+
+    @cached_property
+    def trusted_sum(self) -> NDArray[Any] | None:
+        """Summed-volume table of the trusted voxels; None if all are."""
+        return self._map("trusted_sum") if "trusted_sum" in list_datasets(self.path) else None
+
+    @cached_property
+    def label(self) -> NDArray[Any]:
+        """Instance ids in the volume's own label kind, (z, y, x)."""
+        return self._map("label")
+
+    @cached_property
+    def sites(self) -> NDArray[np.int32]:
+        """Where each synapse is, (N, 9); in memory."""
+        dataset = Hdf5Dataset(self.path, "sites")
+        try:
+            return dataset.read((slice(None), slice(None)))
+        finally:
+            dataset.close()
+
+    @property
+    def name(self) -> str:
+        """The volume's key in the manifest."""
+        return self.path.stem
 
     def read(self, name: str, box: Box) -> NDArray[Any] | None:
         """Read a box of `label` or `neurons`; None if the volume has no such dataset."""

@@ -1,9 +1,11 @@
 """From the files a user has to prepared volumes: checked, pooled, and with the counts that sampling needs."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +28,16 @@ from synmlops.volumes.labels import (
 from synmlops.volumes.phantom import Phantom
 from synmlops.volumes.pooling import pool_image, pool_label, pool_mask, pooled_slabs
 from synmlops.volumes.prepared import BACKGROUND, POST, PRE, SIDE_UNKNOWN, UNTRUSTED, PreparedVolume
-from synmlops.volumes.store import Grid, Volume, hdf5_writer, open_volume, split_joined, write_hdf5
+from synmlops.volumes.sites import find_sites
+from synmlops.volumes.store import (
+    SLAB_BYTES,
+    Grid,
+    Volume,
+    hdf5_writer,
+    open_volume,
+    split_joined,
+    write_hdf5,
+)
 from synmlops.volumes.table import read_table, write_table
 
 Nm = tuple[float, float, float]
@@ -182,6 +193,8 @@ def prepare_volume(
             intensities = _write_image(parts["image"], out["image"], pool_zyx)
             if summary is not None:
                 _write_label(parts["label"], parts.get("mask"), out, kind=summary.kind, pool_zyx=pool_zyx)
+                sites = find_sites(partial(_trusted_label, out), summary.kind, voxel_nm=grid.voxel_nm)
+                out["label"].file.create_dataset("sites", data=sites)
             if "neurons" in parts:
                 for z, slab in pooled_slabs(parts["neurons"], pool_zyx, pool_label):
                     out["neurons"][z : z + len(slab)] = slab
@@ -256,6 +269,9 @@ def _forms(
         forms["label"] = (shape, smallest_unsigned(summary.largest_id))
         forms["sides"] = (shape, np.uint8)
         forms["foreground_sum"] = (tuple(n + 1 for n in shape), sum_type)
+        if "mask" in parts:
+            many = math.prod(shape) > np.iinfo(np.int32).max
+            forms["trusted_sum"] = (tuple(n + 1 for n in shape), np.int64 if many else np.int32)
     if "neurons" in parts:
         forms["neurons"] = (shape, parts["neurons"].dtype)
     return forms
@@ -285,15 +301,33 @@ def _write_label(
             out["sides"][z : z + len(slab)] = sides
             yield (sides != BACKGROUND) & (sides != UNTRUSTED)
 
-    row = 0
-    for sums in foreground_sums(trusted_foreground(), dtype=out["foreground_sum"].dtype):
-        out["foreground_sum"][row : row + len(sums)] = sums
-        row += len(sums)
+    _write_sum(trusted_foreground(), out["foreground_sum"])
+    if "trusted_sum" in out:
+        _write_sum((sides != UNTRUSTED for _, sides in _slabs_of(out["sides"])), out["trusted_sum"])
     if not out["foreground_sum"][-1, -1, -1]:
         raise SynmlopsError(
             f"{label.name}: has no foreground left where the mask trusts it and pooling keeps it; "
             "check the mask, or leave the volume out"
         )
+
+
+def _write_sum(slabs: Iterator[NDArray[np.bool_]], out: Any) -> None:
+    row = 0
+    for sums in foreground_sums(slabs, dtype=out.dtype):
+        out[row : row + len(sums)] = sums
+        row += len(sums)
+
+
+def _trusted_label(out: dict[str, Any]) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Read back what was written of the label, in slabs, without what is not to be trusted."""
+    for z, label in _slabs_of(out["label"]):
+        yield z, np.where(out["sides"][z : z + len(label)] == UNTRUSTED, 0, label)
+
+
+def _slabs_of(dataset: Any) -> Iterator[tuple[int, NDArray[Any]]]:
+    depth = max(1, SLAB_BYTES * len(dataset) // dataset.nbytes)
+    for z in range(0, len(dataset), depth):
+        yield z, dataset[z : z + depth]
 
 
 def _check_shapes(parts: dict[str, Volume], pool_zyx: tuple[int, int, int]) -> None:
