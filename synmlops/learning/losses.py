@@ -1,103 +1,245 @@
 """The training loss: masked, weighted for rare foreground, and the same on one rank as on many."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import avg_pool3d, logsigmoid, max_pool3d, softplus
 
-from synmlops.params import LossParams
+from synmlops.learning.plane_sums import PlaneSums, plane_sums
+from synmlops.params import CHANNELS, LossParams
 
 DICE_SMOOTH = 100.0  # voxels; keeps a patch without foreground from dominating. Source: PyTorch Connectomics
+OVERLAP_SCALE = 4.0  # pre and post at one half each, on a sure union, cost 1. Source: PyTorch Connectomics
+_PRE, _POST, _UNION = (CHANNELS.index(name) for name in ("pre", "post", "union"))
+
+Sum = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The loss to descend and its terms for the log; scalars on the device."""
+    """The loss to descend and its terms for the log; scalars on the device.
+
+    Of a batch in several parts each is a part's share: add them up over the parts.
+    """
 
     total: Tensor
-    terms: dict[str, Tensor]
+    terms: dict[str, Tensor]  # at full resolution, unweighted; `coarse_1` on: the sum of that level's terms
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Valid voxels of the whole batch over all ranks, which the terms are divided by; scalars."""
+
+    planes: Tensor  # of all channels together
+    union: Tensor  # of the union alone
+    sides: Tensor  # where both pre and post are known
+    n_parts: int  # that each rank takes its share of the batch in
+
+    @classmethod
+    def of(cls, valid: Tensor, *, sum_over_ranks: Sum = lambda count: count, n_parts: int = 1) -> "Totals":
+        """Count over a rank's whole share of the batch, `valid` of all its parts in one tensor."""
+        per_channel = valid.sum((0, 2, 3, 4), dtype=torch.float32)
+        both = (valid[:, _PRE] * valid[:, _POST]).sum(dtype=torch.float32)
+        counts = torch.stack([per_channel.sum(), per_channel[_UNION], both])
+        planes, union, sides = sum_over_ranks(counts).clamp(min=1).unbind()
+        return cls(planes, union, sides, n_parts)
+
+    def coarser(self, block: int) -> "Totals":
+        """Give the totals of a level of which one voxel covers `block` of these."""
+        return Totals(self.planes / block, self.union / block, self.sides / block, self.n_parts)
 
 
 def compute_loss(
+    logits: Tensor | Sequence[Tensor],
+    targets: Tensor,
+    valid: Tensor,
+    *,
+    params: LossParams,
+    totals: Totals | None = None,
+    sum_over_ranks: Sum = lambda count: count,
+    n_ranks: int = 1,
+) -> LossTerms:
+    """Weigh and sum the loss terms over the valid voxels of all ranks.
+
+    The mean over ranks of the sum over parts is the loss of the whole batch, and so are the gradients. Dice
+    and Tversky loss, which are ratios of sums over a batch, are those of each part over all ranks instead,
+    averaged over the parts.
+
+    Parameters
+    ----------
+    logits : (n, 3, z, y, x) tensor or sequence of them
+        A sequence is deep supervision: full resolution first, then coarser levels whose sizes divide those
+        before them. Level k counts `params.coarse` to the power k, and the weights add up to 1. A coarse
+        voxel is foreground if any valid voxel below it is, and counts by the share of them that is valid.
+    targets, valid : (n, 3, z, y, x) tensor
+        0 or 1. A plane without any valid voxel adds nothing.
+    params : LossParams
+        Weights of the terms. Cross-entropy takes the logits for those of `networks.registry.Exclusive`.
+    totals : Totals, optional
+        Needed where this is one of several parts of a rank's share; default: counted from `valid`.
+    sum_over_ranks : callable
+        Adds a tensor up over all ranks, called in the same order on each; the identity on one.
+    n_ranks : int
+        DDP averages gradients over this many ranks; the terms are scaled so that the average is the loss of
+        the global batch.
+
+    Raises
+    ------
+    ValueError
+        If the size of a level does not divide that of the level before.
+    """
+    levels = [logits] if isinstance(logits, Tensor) else list(logits)
+    totals = totals or Totals.of(valid, sum_over_ranks=sum_over_ranks)
+    share = 1 / sum(params.coarse**level for level in range(len(levels)))
+    terms: dict[str, Tensor] = {}
+    total = valid.new_zeros(())
+    for level, prediction in enumerate(levels):
+        if level:
+            targets, valid, block = _pooled(targets, valid, like=prediction)
+            totals = totals.coarser(block)
+        found = _terms(
+            prediction, targets, valid, params=params, totals=totals, sum_over_ranks=sum_over_ranks, n=n_ranks
+        )
+        here = torch.stack([getattr(params, name) * term for name, term in found.items()]).sum()
+        total = total + share * params.coarse**level * here
+        terms |= {f"coarse_{level}": here.detach()} if level else {k: v.detach() for k, v in found.items()}
+    return LossTerms(total, terms)
+
+
+def foreground_weights(foreground: Tensor, valid: Tensor, *, clip: tuple[float, float]) -> Tensor:
+    """Weigh the rarer class of each patch up.
+
+    The foreground share f of the valid voxels is clipped, and the rarer class weighs larger over smaller,
+    max(f, 1 - f) / min(f, 1 - f). Source: PyTorch Connectomics v1, weight "1".
+
+    Parameters
+    ----------
+    foreground, valid : (n,) tensor
+        Voxels of each patch, over its channels together.
+
+    Returns
+    -------
+    weights : (n, 2) tensor
+        Of background and of foreground; the lesser is 1.
+
+    Examples
+    --------
+    >>> foreground_weights(torch.tensor([1.0, 6.0]), torch.tensor([4.0, 8.0]), clip=(0.05, 0.95))
+    tensor([[1., 3.],
+            [3., 1.]])
+    """
+    share = (foreground / valid.clamp(min=1e-6)).clamp(*clip)
+    weights = torch.stack([share / (1 - share), (1 - share) / share], dim=-1)
+    return weights.clamp(min=1)
+
+
+def _terms(
     logits: Tensor,
     targets: Tensor,
     valid: Tensor,
     *,
     params: LossParams,
-    sum_over_ranks: Callable[[Tensor], Tensor] = lambda count: count,
-    n_ranks: int = 1,
-) -> LossTerms:
-    """Weigh and sum the loss terms over the valid voxels of all ranks.
-
-    Parameters
-    ----------
-    logits, targets, valid : (n, 3, z, y, x) tensor
-        `targets` and `valid` are 0 or 1. A plane without any valid voxel adds nothing.
-    params : LossParams
-        Weights of the terms.
-    sum_over_ranks : callable
-        Adds a count over all ranks; the identity on one.
-    n_ranks : int
-        DDP averages gradients over this many ranks; the terms are scaled so that the average is the loss of
-        the global batch.
-    """
-    logits = logits.float()
+    totals: Totals,
+    sum_over_ranks: Sum,
+    n: int,
+) -> dict[str, Tensor]:
+    """Give each term that has a weight, unweighted, at one level."""
     terms: dict[str, Tensor] = {}
-    if params.bce:
-        weight = foreground_weight(targets, valid, clip=params.foreground_weight_clip) * valid
-        loss = binary_cross_entropy_with_logits(logits, targets, weight, reduction="sum")
-        terms["bce"] = loss * n_ranks / sum_over_ranks(valid.sum()).clamp(min=1)
+    clip = params.foreground_weight_clip
+    if params.bce or params.dice or params.tversky:
+        sums = plane_sums(logits, targets, valid)
+        if params.bce:
+            terms["bce"] = n * _bce(sums, clip=clip) / totals.planes
+        terms |= _ratios(sums, params=params, sum_over_ranks=sum_over_ranks, n=n, n_parts=totals.n_parts)
+    if params.focal:
+        focal = _focal(logits.float(), targets, valid, gamma=params.focal_gamma, clip=clip)
+        terms["focal"] = n * focal / totals.planes
+    if params.cross_entropy:
+        terms["cross_entropy"] = n * _cross_entropy(logits.float(), targets, valid, clip=clip) / totals.union
+    if params.overlap:
+        p = torch.sigmoid(logits.float())
+        both = p[:, _PRE] * p[:, _POST] * p[:, _UNION] * (valid[:, _PRE] * valid[:, _POST])
+        terms["overlap"] = n * OVERLAP_SCALE * both.sum() / totals.sides
+    return terms
+
+
+def _bce(sums: PlaneSums, *, clip: tuple[float, float]) -> Tensor:
+    """Sum the binary cross-entropy, with foreground weights over all channels of a patch together."""
+    weights = foreground_weights(sums.foreground.sum(1), sums.valid.sum(1), clip=clip)
+    background, foreground = weights.detach().unbind(-1)
+    mistake, of_foreground = sums.mistake.sum(1), sums.foreground_mistake.sum(1)
+    return (background * (mistake - of_foreground) + foreground * of_foreground).sum()
+
+
+def _ratios(
+    sums: PlaneSums, *, params: LossParams, sum_over_ranks: Sum, n: int, n_parts: int
+) -> dict[str, Tensor]:
+    """Give Dice and Tversky loss, each 1 - a ratio of sums over all ranks, averaged over known channels.
+
+    All patches are one sample, since a synapse cut by a patch's border says little by itself. Sources:
+    Milletari et al. 2016, arXiv:1606.04797 (squared probabilities); Salehi et al. 2017, arXiv:1706.05721.
+    """
+    if not (params.dice or params.tversky):
+        return {}
+    own = torch.stack([sums.hit, sums.probability, sums.square, sums.foreground, sums.valid]).sum(1)
+    # every rank has the loss of the whole batch but only its own part of the gradient, and DDP averages
+    whole = own + (sum_over_ranks(own.detach()) - own.detach())
+    hit, probability, square, foreground, valid = whole
+    known = (valid.detach() > 0).float()
+    ratios: dict[str, Tensor] = {}
     if params.dice:
-        dice = dice_of_channels(logits, targets, valid, sum_over_ranks=sum_over_ranks)
-        # every rank has the loss of the whole batch but only its own part of the gradient, and DDP averages
-        terms["dice"] = dice.detach() + n_ranks * (dice - dice.detach())
-    weights = {"bce": params.bce, "dice": params.dice}
-    total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-    return LossTerms(total, {name: term.detach() for name, term in terms.items()})
+        ratios["dice"] = (2 * hit + DICE_SMOOTH) / (square + foreground + DICE_SMOOTH)
+    if params.tversky:
+        of_false_positive, of_false_negative = params.tversky_weights
+        mistakes = of_false_positive * (probability - hit) + of_false_negative * (foreground - hit)
+        ratios["tversky"] = (hit + DICE_SMOOTH / 2) / (hit + mistakes + DICE_SMOOTH / 2)
+    losses = {k: ((1 - r) * known).sum() / known.sum().clamp(min=1) / n_parts for k, r in ratios.items()}
+    return {k: loss.detach() + n * (loss - loss.detach()) for k, loss in losses.items()}
 
 
-def foreground_weight(targets: Tensor, valid: Tensor, *, clip: tuple[float, float]) -> Tensor:
-    """Weigh the rarer class of each patch up, over its channels together.
-
-    The foreground share f of the valid voxels is clipped, and the rarer class weighs larger over smaller,
-    max(f, 1 - f) / min(f, 1 - f). Source: PyTorch Connectomics v1, weight "1".
-
-    Examples
-    --------
-    >>> targets = torch.tensor([0., 0., 0., 1.]).reshape(1, 1, 1, 1, 4)
-    >>> foreground_weight(targets, torch.ones_like(targets), clip=(0.05, 0.95)).flatten().tolist()
-    [1.0, 1.0, 1.0, 3.0]
-    """
-    axes = (1, 2, 3, 4)
-    n_valid = valid.sum(axes, keepdim=True).clamp(min=1)
-    share = ((targets * valid).sum(axes, keepdim=True) / n_valid).clamp(*clip)
-    ratio = torch.maximum(share, 1 - share) / torch.minimum(share, 1 - share)
-    rarer = torch.where(share <= 0.5, targets, 1 - targets)
-    return 1 + (ratio - 1) * rarer
-
-
-def dice_of_channels(
-    logits: Tensor,
-    targets: Tensor,
-    valid: Tensor,
-    *,
-    sum_over_ranks: Callable[[Tensor], Tensor] = lambda count: count,
+def _focal(
+    logits: Tensor, targets: Tensor, valid: Tensor, *, gamma: float, clip: tuple[float, float]
 ) -> Tensor:
-    """Give 1 - Dice over all valid voxels of the global batch, averaged over the channels that have some.
+    """Sum the focal loss; the foreground weight is its alpha, so that gamma 0 is the cross-entropy.
 
-    The batch is one sample, since a synapse cut by a patch's border says little by itself.
-    Source: Milletari et al. 2016, arXiv:1606.04797, with squared probabilities.
+    Source: Lin et al. 2017, arXiv:1708.02002.
     """
-    axes = (0, 2, 3, 4)
-    probability = torch.sigmoid(logits) * valid
-    targets = targets * valid
-    overlap = (probability * targets).sum(axes)
-    sizes = (probability * probability).sum(axes) + targets.sum(axes)
-    own = torch.stack([overlap, sizes, valid.sum(axes)])
-    overlap, sizes, n_valid = own + (sum_over_ranks(own.detach()) - own.detach())
-    known = (n_valid.detach() > 0).float()
-    loss = 1 - (2 * overlap + DICE_SMOOTH) / (sizes + DICE_SMOOTH)
-    mean: Tensor = (loss * known).sum() / known.sum().clamp(min=1)
-    return mean
+    foreground = (targets * valid).sum((1, 2, 3, 4))
+    weights = foreground_weights(foreground, valid.sum((1, 2, 3, 4)), clip=clip)
+    of_background, of_foreground = weights.reshape(-1, 2, 1, 1, 1, 1).unbind(1)
+    wrong = logits * (1 - 2 * targets)  # logit of the wrong answer
+    weight = torch.lerp(of_background, of_foreground, targets) * valid
+    # sigmoid(wrong) ** gamma by its logarithm, whose gradient is finite at every gamma
+    return (weight * torch.exp(gamma * logsigmoid(wrong)) * softplus(wrong)).sum()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, valid: Tensor, *, clip: tuple[float, float]) -> Tensor:
+    """Sum the cross-entropy over background, pre and post; of the union where the side is not known.
+
+    The sigmoids of an exclusive network's logits are its softmax probabilities, of the union that of pre or
+    post; so softplus(-logit) is a class's cross-entropy, and softplus(union) that of background. Foreground
+    is weighed by its share of the union.
+    """
+    known = targets * valid
+    union, known_union = known[:, _UNION], valid[:, _UNION]
+    n_sides = (targets[:, _PRE] + targets[:, _POST]).clamp(min=1)  # 2 where a coarse voxel covers both
+    pre, post = known[:, _PRE] / n_sides, known[:, _POST] / n_sides
+    weights = foreground_weights(union.sum((1, 2, 3)), known_union.sum((1, 2, 3)), clip=clip)
+    of_background, of_foreground = weights.reshape(-1, 2, 1, 1, 1).unbind(1)
+    side_unknown = (union - pre - post).clamp(min=0)
+    mistake = softplus(-logits)
+    foreground = pre * mistake[:, _PRE] + post * mistake[:, _POST] + side_unknown * mistake[:, _UNION]
+    background = (known_union - union) * softplus(logits[:, _UNION])
+    return (of_background * background + of_foreground * foreground).sum()
+
+
+def _pooled(targets: Tensor, valid: Tensor, *, like: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Pool to the size of `like`; also the voxels of a block."""
+    sizes = list(zip(targets.shape[2:], like.shape[2:], strict=True))
+    if any(fine % coarse for fine, coarse in sizes):
+        raise ValueError(f"a level of {tuple(like.shape[2:])} does not divide {tuple(targets.shape[2:])}")
+    block = [fine // coarse for fine, coarse in sizes]
+    return max_pool3d(targets * (valid > 0), block), avg_pool3d(valid, block), math.prod(block)
