@@ -17,6 +17,9 @@ from synmlops.section import (
     Zyx,
 )
 
+STATED = ("total_pool_zyx", "receptive_field_zyx")
+"""Options by which a network of the user's own says what the levels do not."""
+
 
 class NetworkParams(Section):
     """A 3-D encoder-decoder, from full resolution (level 0) down."""
@@ -34,9 +37,9 @@ class NetworkParams(Section):
     squeeze_excite: bool = False  # each residual block weighs its channels by their means over the patch
     deep_supervision: Size = 0  # coarser levels of the decoder that training gives a loss of their own
     exclusive: bool = False  # softmax over background, pre and post, instead of a sigmoid for each channel
-    options: dict[str, str | int | float | bool | None] = Field(
+    options: dict[str, bool | int | float | str | tuple[int, ...] | None] = Field(
         {}
-    )  # what a network of your own reads beside these
+    )  # what a network of your own reads beside these, and the two keys of `stated_zyx`
 
     @model_validator(mode="after")
     def _levels_agree(self) -> Self:
@@ -56,8 +59,44 @@ class NetworkParams(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _options_are_read(self) -> Self:
+        if self.options and ":" not in self.name:
+            raise ValueError(
+                f"network.options: {self.name} reads none, got {', '.join(self.options)}; use {{}}, or name "
+                "a network of yours"
+            )
+        for key in STATED:
+            value = self.options.get(key)
+            if value is not None and not _is_size_zyx(value):
+                raise ValueError(
+                    f"network.options.{key}: must be three numbers of voxels from 1, z y x, got {value!r}"
+                )
+        return self
+
+    def stated_zyx(self, key: str) -> tuple[int, int, int] | None:
+        """Give what the options of a network of your own state, or None.
+
+        `total_pool_zyx` where its pooling is not that of `stem_zyx` and `pools`, and `receptive_field_zyx`
+        where its reach is not that of a residual U-Net with these kernels. Both are three numbers of voxels.
+
+        Examples
+        --------
+        >>> own = NetworkParams(name="my_net:build", options={"total_pool_zyx": (1, 16, 16)})
+        >>> own.total_pool_zyx(), NetworkParams().stated_zyx("total_pool_zyx")
+        ((1, 16, 16), None)
+        """
+        value = self.options.get(key)
+        if not isinstance(value, tuple):
+            return None
+        z, y, x = value
+        return z, y, x
+
     def total_pool_zyx(self) -> tuple[int, int, int]:
         """Voxels that one voxel of the lowest level covers; patches are multiples of it."""
+        stated = self.stated_zyx("total_pool_zyx")
+        if stated is not None:
+            return stated
         steps = (self.stem_zyx, *self.pools)
         z, y, x = (math.prod(step[axis] for step in steps) for axis in range(3))
         return z, y, x
@@ -65,8 +104,13 @@ class NetworkParams(Section):
     def receptive_field_zyx(self) -> tuple[int, int, int]:
         """Width in voxels of the input that can move one output voxel, along z, y and x.
 
-        Counts the convolutions of encoder and decoder; an upper bound, held by a test on gradients.
+        Counts the convolutions of encoder and decoder; an upper bound, held by a test on gradients. Group and
+        instance norm and squeeze-excite see means over the whole patch beside; their reach is not counted,
+        since no such mean shows where a voxel lies.
         """
+        stated = self.stated_zyx("receptive_field_zyx")
+        if stated is not None:
+            return stated
         z, y, x = (self._receptive_field(axis) for axis in range(3))
         return z, y, x
 
@@ -79,6 +123,10 @@ class NetworkParams(Section):
             if level < len(self.pools):
                 step *= self.pools[level][axis]
         return 2 * reach + step
+
+
+def _is_size_zyx(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 3 and min(value) >= 1
 
 
 class SamplingParams(Section):

@@ -1,0 +1,440 @@
+// Float32 kernels for CPUs, on tensors in channels-last order: planes (n * z), y, x, channels.
+//
+// Convolutions with 3 x 3 kernels in plane use Winograd's minimal filtering F(4x4, 3x3): a quarter of the
+// multiplications. Source: Lavin and Gray 2016, arXiv:1509.09308. Tiles are transformed, multiplied and
+// transformed back in blocks that stay in the cache; borders are read by clamping, so nothing is padded.
+// Work is shared statically and sums are joined in a fixed order, so results do not vary between runs.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using Int = std::int64_t;
+
+constexpr int kLane = 8;  // channels that a transform takes at a time; channel counts are multiples of it
+typedef float Lane __attribute__((vector_size(kLane * sizeof(float)), aligned(4), may_alias));
+typedef std::int32_t LaneInt __attribute__((vector_size(kLane * sizeof(float)), aligned(4), may_alias));
+#ifdef __AVX512F__
+constexpr int kWide = 16;
+#else
+constexpr int kWide = 8;
+#endif
+typedef float Wide __attribute__((vector_size(kWide * sizeof(float)), aligned(4), may_alias));
+constexpr int kPanel = 2 * kWide;  // columns of a register block
+constexpr int kRows = 6;           // rows of a register block
+constexpr int kTile = 4, kWindow = 6, kFreq = kWindow * kWindow;
+constexpr int kBlock = 24;  // tiles in a block: its transforms fit the second-level cache
+
+inline Lane load(const float* p) { return *reinterpret_cast<const Lane*>(p); }
+inline void store(float* p, Lane v) { *reinterpret_cast<Lane*>(p) = v; }
+inline Int padded(Int channels) { return (channels + kPanel - 1) / kPanel * kPanel; }
+
+struct Buffer {  // aligned to cache lines and zeroed
+  explicit Buffer(Int size) : store_(size + 16, 0.0f) {
+    auto address = reinterpret_cast<std::uintptr_t>(store_.data());
+    data = store_.data() + ((64 - address % 64) % 64) / sizeof(float);
+  }
+  float* data;
+
+ private:
+  std::vector<float> store_;
+};
+
+// c (rows x panel, row stride ldc) += a (element (i, k) at i * row + k * col) times b (k x panel, packed)
+template <int Rows>
+inline void multiply(const float* a, Int row, Int col, const float* b, Int depth, Wide (&acc)[kRows][2]) {
+  for (Int k = 0; k < depth; ++k, a += col, b += kPanel) {
+    const Wide b0 = *reinterpret_cast<const Wide*>(b), b1 = *reinterpret_cast<const Wide*>(b + kWide);
+#pragma GCC unroll 6
+    for (int i = 0; i < Rows; ++i) {
+      const float value = a[i * row];
+      acc[i][0] += value * b0;
+      acc[i][1] += value * b1;
+    }
+  }
+}
+
+struct Pairs {  // for each plane of the output, the planes and weights (taps along z) it is a sum of
+  const Int *first, *source, *tap;
+};
+
+struct Grid {  // the tiles of a plane
+  Int height, width, origin, rows, columns;
+  Grid(Int h, Int w, bool fold)
+      : height(h), width(w), origin(fold ? -1 : 0),
+        rows((h + (fold ? 2 : 0) + kTile - 1) / kTile), columns((w + (fold ? 2 : 0) + kTile - 1) / kTile) {}
+};
+
+inline void input_line(const Lane (&d)[kWindow], Lane (&v)[kWindow]) {
+  const Lane a = d[4] - 4 * d[2], b = d[3] - 4 * d[1], c = d[4] - d[2], e = 2 * (d[3] - d[1]);
+  v[0] = 4 * d[0] - 5 * d[2] + d[4];
+  v[1] = a + b;
+  v[2] = a - b;
+  v[3] = c + e;
+  v[4] = c - e;
+  v[5] = 4 * d[1] - 5 * d[3] + d[5];
+}
+
+inline void output_line(const Lane (&m)[kWindow], Lane (&y)[kTile]) {
+  const Lane a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], e = m[3] - m[4];
+  y[0] = m[0] + a + c;
+  y[1] = b + 2 * e;
+  y[2] = a + 4 * c;
+  y[3] = b + 8 * e + m[5];
+}
+
+inline void gradient_line(const Lane (&y)[kTile], Lane (&m)[kWindow]) {  // the adjoint of output_line
+  const Lane a = y[0] + y[2], b = y[1] + y[3], c = y[0] + 4 * y[2], e = 2 * y[1] + 8 * y[3];
+  m[0] = y[0];
+  m[1] = a + b;
+  m[2] = a - b;
+  m[3] = c + e;
+  m[4] = c - e;
+  m[5] = y[3];
+}
+
+// Window of 6 x 6 voxels from (top, left) to 36 values a channel, `step` floats apart.
+void transform_input(const float* plane, const Grid& g, Int channels, Int top, Int left, bool clamp,
+                     float* out, Int step) {
+  const float* at[kWindow][kWindow];
+  bool inside = true;
+  for (int i = 0; i < kWindow; ++i)
+    for (int j = 0; j < kWindow; ++j) {
+      Int y = top + i, x = left + j;
+      const bool in = y >= 0 && y < g.height && x >= 0 && x < g.width;
+      inside = inside && (in || clamp);
+      y = std::clamp<Int>(y, 0, g.height - 1), x = std::clamp<Int>(x, 0, g.width - 1);
+      at[i][j] = in || clamp ? plane + (y * g.width + x) * channels : nullptr;
+    }
+  for (Int c = 0; c < channels; c += kLane) {
+    Lane half[kWindow][kWindow];
+    for (int j = 0; j < kWindow; ++j) {
+      Lane d[kWindow], v[kWindow];
+      for (int i = 0; i < kWindow; ++i) d[i] = inside || at[i][j] ? load(at[i][j] + c) : Lane{};
+      input_line(d, v);
+      for (int i = 0; i < kWindow; ++i) half[i][j] = v[i];
+    }
+    for (int i = 0; i < kWindow; ++i) {
+      Lane v[kWindow];
+      input_line(half[i], v);
+      for (int j = 0; j < kWindow; ++j) store(out + (i * kWindow + j) * step + c, v[j]);
+    }
+  }
+}
+
+// 36 values a channel to a tile of 4 x 4 voxels; what lies outside is folded onto the border or dropped.
+void transform_output(const float* m, Int step, const Grid& g, Int channels, Int top, Int left,
+                      float* plane) {
+  const bool whole = top > 0 && left > 0 && top + kTile < g.height && left + kTile < g.width;
+  const bool fold = g.origin < 0;
+  for (Int c = 0; c < channels; c += kLane) {
+    Lane half[kTile][kWindow];
+    for (int j = 0; j < kWindow; ++j) {
+      Lane d[kWindow], y[kTile];
+      for (int i = 0; i < kWindow; ++i) d[i] = load(m + (i * kWindow + j) * step + c);
+      output_line(d, y);
+      for (int i = 0; i < kTile; ++i) half[i][j] = y[i];
+    }
+    for (int i = 0; i < kTile; ++i) {
+      Lane out[kTile];
+      output_line(half[i], out);
+      for (int j = 0; j < kTile; ++j) {
+        const Int y = std::clamp<Int>(top + i, 0, g.height - 1), x = std::clamp<Int>(left + j, 0, g.width - 1);
+        float* target = plane + (y * g.width + x) * channels + c;
+        if (whole) {
+          store(target, out[j]);
+        } else if (fold) {
+          const Int border_y = top + kTile * 2, beyond_y = g.height + 1, beyond_x = g.width + 1;
+          if (top + i >= beyond_y || left + j >= beyond_x) continue;
+          const bool edge = y == 0 || x == 0 || y == g.height - 1 || x == g.width - 1;
+          (void)border_y;
+          store(target, edge ? load(target) + out[j] : out[j]);
+        } else if (top + i == y && left + j == x) {
+          store(target, out[j]);
+        }
+      }
+    }
+  }
+}
+
+// A tile of 4 x 4 voxels of the output's gradient, zero outside, to 36 values a channel in packed panels.
+void transform_gradient(const float* plane, const Grid& g, Int channels, Int top, Int left, float* out,
+                        Int step, Int row) {
+  for (Int c = 0; c < channels; c += kLane) {
+    Lane half[kWindow][kTile];
+    for (int j = 0; j < kTile; ++j) {
+      Lane d[kTile], v[kWindow];
+      for (int i = 0; i < kTile; ++i) {
+        const bool in = top + i < g.height && left + j < g.width;
+        d[i] = in ? load(plane + ((top + i) * g.width + left + j) * channels + c) : Lane{};
+      }
+      gradient_line(d, v);
+      for (int i = 0; i < kWindow; ++i) half[i][j] = v[i];
+    }
+    float* at = out + c / kPanel * kBlock * kPanel + row * kPanel + c % kPanel;
+    for (int i = 0; i < kWindow; ++i) {
+      Lane v[kWindow];
+      gradient_line(half[i], v);
+      for (int j = 0; j < kWindow; ++j) store(at + (i * kWindow + j) * step, v[j]);
+    }
+  }
+}
+
+void clear_edges(float* plane, Int height, Int width, Int channels) {
+  const Int line = width * channels;
+  std::memset(plane, 0, line * sizeof(float));
+  std::memset(plane + (height - 1) * line, 0, line * sizeof(float));
+  for (Int y = 1; y < height - 1; ++y) {
+    std::memset(plane + y * line, 0, channels * sizeof(float));
+    std::memset(plane + y * line + line - channels, 0, channels * sizeof(float));
+  }
+}
+
+template <int Rows>
+inline void product_rows(const float* v, Int ldv, const float* u, const Pairs& pairs, Int plane, Int freq,
+                         Int panel, Int in, Int out_padded, float* m) {
+  Wide acc[kRows][2] = {};
+  Int offset = 0;
+  for (Int p = pairs.first[plane]; p < pairs.first[plane + 1]; ++p, offset += in)
+    multiply<Rows>(v + offset, ldv, 1,
+                   u + ((pairs.tap[p] * kFreq + freq) * (out_padded / kPanel) + panel) * in * kPanel, in, acc);
+  for (int i = 0; i < Rows; ++i) {
+    *reinterpret_cast<Wide*>(m + i * out_padded) = acc[i][0];
+    *reinterpret_cast<Wide*>(m + i * out_padded + kWide) = acc[i][1];
+  }
+}
+
+template <int Rows>
+inline void outer_rows(const float* v, Int ldv, const float* d, Int count, float* du, Int out_padded) {
+  Wide acc[kRows][2] = {};
+  multiply<Rows>(v, 1, ldv, d, count, acc);
+  for (int i = 0; i < Rows; ++i) {
+    *reinterpret_cast<Wide*>(du + i * out_padded) += acc[i][0];
+    *reinterpret_cast<Wide*>(du + i * out_padded + kWide) += acc[i][1];
+  }
+}
+
+inline Lane exponential(Lane x) {  // Source: Cephes expf; relative error 1e-7 for x from -87 to 0
+  x = x < -87.0f ? Lane{} - 87.0f : x;
+  const Lane scaled = x * 1.44269504f;
+  const LaneInt n = __builtin_convertvector(scaled - 0.5f, LaneInt);  // rounds towards zero; x is not positive
+  const Lane whole = __builtin_convertvector(n, Lane);
+  const Lane r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Lane p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const LaneInt power = (n + 127) << 23;
+  return p * reinterpret_cast<const Lane&>(power);
+}
+
+enum Activation : Int { kNone = 0, kRelu = 1, kElu = 2 };
+
+inline Lane activate(Lane u, Int kind) {
+  const Lane zero{};
+  if (kind == kRelu) return u > 0.0f ? u : zero;
+  if (kind == kElu) return u > 0.0f ? u : exponential(u < 0.0f ? u : zero) - 1.0f;
+  return u;
+}
+
+inline Lane through(Lane grad, Lane y, Int kind) {  // gradient before the activation, from its output y
+  const Lane zero{};
+  if (kind == kRelu) return y > 0.0f ? grad : zero;
+  if (kind == kElu) return y > 0.0f ? grad : grad * (y + 1.0f);
+  return grad;
+}
+
+// Calls body(sample, first voxel, last voxel, part) for equal parts of each sample, in parallel.
+template <class Body>
+void over_parts(Int samples, Int voxels, Int parts, Int threads, Body body) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (Int job = 0; job < samples * parts; ++job) {
+    const Int n = job / parts, part = job % parts;
+    body(n, n * voxels + voxels * part / parts, n * voxels + voxels * (part + 1) / parts, part);
+  }
+}
+
+constexpr Int kParts = 64;   // of a sample; fixed, so that sums do not depend on the number of threads
+constexpr Int kChunk = 128;  // voxels summed in float before they join a double
+
+}  // namespace
+
+extern "C" {
+
+Int panel_width() { return kPanel; }
+
+// y = sum over pairs of the convolution of a plane of x with weights u (taps, 36, panels, in, panel), 3 x 3.
+// clamp: x continues by its border, else by zeros. fold: y covers one voxel more on each side, added onto its
+// border: the adjoint of clamping.
+void convolve(const float* x, const float* u, float* y, const Int* first, const Int* source, const Int* tap,
+              Int planes, Int height, Int width, Int in, Int out, Int clamp, Int fold, Int threads) {
+  const Pairs pairs{first, source, tap};
+  const Grid g(height, width, fold);
+  const Int out_padded = padded(out);
+  Int most = 0;
+  for (Int p = 0; p < planes; ++p) most = std::max(most, first[p + 1] - first[p]);
+  const Int bands = fold && (height + 2) % kTile == 1 ? 1 : std::max<Int>(1, g.rows / 8);
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer v(kFreq * kBlock * most * in), m(kFreq * kBlock * out_padded);
+    if (fold) {
+#pragma omp for schedule(static)
+      for (Int p = 0; p < planes; ++p) clear_edges(y + p * height * width * out, height, width, out);
+    }
+#pragma omp for schedule(dynamic)
+    for (Int job = 0; job < planes * bands; ++job) {
+      const Int plane = job / bands, band = job % bands;
+      const Int begin = g.rows * band / bands * g.columns, end = g.rows * (band + 1) / bands * g.columns;
+      const Int n_pairs = first[plane + 1] - first[plane], ldv = n_pairs * in;
+      for (Int tile = begin; tile < end; tile += kBlock) {
+        const Int count = std::min<Int>(kBlock, end - tile);
+        for (Int t = 0; t < count; ++t) {
+          const Int top = (tile + t) / g.columns * kTile + g.origin, left = (tile + t) % g.columns * kTile + g.origin;
+          for (Int p = 0; p < n_pairs; ++p)
+            transform_input(x + source[first[plane] + p] * height * width * in, g, in, top - 1, left - 1, clamp,
+                            v.data + t * ldv + p * in, kBlock * ldv);
+        }
+        for (Int f = 0; f < kFreq; ++f)
+          for (Int panel = 0; panel < out_padded / kPanel; ++panel)
+            for (Int t = 0; t < count; t += kRows)
+              product_rows<kRows>(v.data + (f * kBlock + t) * ldv, ldv, u, pairs, plane, f, panel, in, out_padded,
+                                  m.data + (f * kBlock + t) * out_padded + panel * kPanel);
+        for (Int t = 0; t < count; ++t)
+          transform_output(m.data + t * out_padded, kBlock * out_padded, g, out,
+                           (tile + t) / g.columns * kTile + g.origin, (tile + t) % g.columns * kTile + g.origin,
+                           y + plane * height * width * out);
+      }
+    }
+  }
+}
+
+// du (taps, 36, in, padded out) = gradient of the transformed weights, for y's gradient dy.
+void weight_gradient(const float* x, const float* dy, float* du, const Int* first, const Int* source,
+                     const Int* tap, Int taps, Int planes, Int height, Int width, Int in, Int out, Int clamp,
+                     Int threads) {
+  const Grid g(height, width, false);
+  const Int out_padded = padded(out), size = taps * kFreq * in * out_padded;
+  const Int tiles = g.rows * g.columns, blocks = (tiles + kBlock - 1) / kBlock, jobs = planes * blocks;
+  std::vector<float*> sums(threads);
+  std::vector<Buffer> stores;
+  stores.reserve(threads);
+  for (Int i = 0; i < threads; ++i) sums[i] = i ? (stores.emplace_back(size), stores.back().data) : du;
+  std::memset(du, 0, size * sizeof(float));
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (Int share = 0; share < threads; ++share) {
+    Buffer v(kFreq * kBlock * in), d(kFreq * kBlock * out_padded);
+    for (Int job = jobs * share / threads; job < jobs * (share + 1) / threads; ++job) {
+      const Int plane = job / blocks, tile = job % blocks * kBlock, count = std::min<Int>(kBlock, tiles - tile);
+      for (Int t = 0; t < count; ++t)
+        transform_gradient(dy + plane * height * width * out, g, out, (tile + t) / g.columns * kTile,
+                           (tile + t) % g.columns * kTile, d.data, kBlock * out_padded, t);
+      for (Int p = first[plane]; p < first[plane + 1]; ++p) {
+        for (Int t = 0; t < count; ++t)
+          transform_input(x + source[p] * height * width * in, g, in, (tile + t) / g.columns * kTile - 1,
+                          (tile + t) % g.columns * kTile - 1, clamp, v.data + t * in, kBlock * in);
+        for (Int f = 0; f < kFreq; ++f)
+          for (Int panel = 0; panel < out_padded / kPanel; ++panel) {
+            const float* right = d.data + f * kBlock * out_padded + panel * kBlock * kPanel;
+            float* target = sums[share] + ((tap[p] * kFreq + f) * in) * out_padded + panel * kPanel;
+            for (Int c = 0; c < in; c += kRows) {
+              const float* left = v.data + f * kBlock * in + c;
+              if (in - c >= 6) outer_rows<6>(left, in, right, count, target + c * out_padded, out_padded);
+              else if (in - c == 4) outer_rows<4>(left, in, right, count, target + c * out_padded, out_padded);
+              else outer_rows<2>(left, in, right, count, target + c * out_padded, out_padded);
+            }
+          }
+      }
+    }
+  }
+  for (Int i = 1; i < threads; ++i)
+    for (Int k = 0; k < size; ++k) du[k] += sums[i][k];
+}
+
+// sums (samples, 2, channels): of x and of its square, over the voxels of each sample.
+void moments(const float* x, double* sums, Int samples, Int voxels, Int channels, Int threads) {
+  std::vector<double> parts(samples * kParts * 2 * channels, 0.0);
+  over_parts(samples, voxels, kParts, threads, [&](Int n, Int begin, Int end, Int part) {
+    double* total = parts.data() + (n * kParts + part) * 2 * channels;
+    for (Int c = 0; c < channels; c += kLane)
+      for (Int chunk = begin; chunk < end; chunk += kChunk) {
+        Lane sum{}, square{};
+        for (Int i = chunk; i < std::min(end, chunk + kChunk); ++i) {
+          const Lane value = load(x + i * channels + c);
+          sum += value;
+          square += value * value;
+        }
+        for (int k = 0; k < kLane; ++k) total[c + k] += sum[k], total[channels + c + k] += square[k];
+      }
+  });
+  for (Int n = 0; n < samples; ++n)
+    for (Int c = 0; c < 2 * channels; ++c) {
+      double sum = 0;
+      for (Int part = 0; part < kParts; ++part) sum += parts[(n * kParts + part) * 2 * channels + c];
+      sums[n * 2 * channels + c] = sum;
+    }
+}
+
+// y = activation(x * scale + shift + other), scale and shift (samples, channels); other may be null.
+void scale_shift(const float* x, const float* other, const float* scale, const float* shift, float* y,
+                 Int samples, Int voxels, Int channels, Int activation, Int threads) {
+  over_parts(samples, voxels, kParts, threads, [&](Int n, Int begin, Int end, Int) {
+    const float *a = scale + n * channels, *b = shift + n * channels;
+    for (Int i = begin; i < end; ++i)
+      for (Int c = 0; c < channels; c += kLane) {
+        const Int at = i * channels + c;
+        Lane u = load(x + at) * load(a + c) + load(b + c);
+        if (other) u += load(other + at);
+        store(y + at, activate(u, activation));
+      }
+  });
+}
+
+// sums (samples, 2, channels): of du and of du * x, where du is the gradient before the activation, stored
+// unless null.
+void scale_shift_sums(const float* grad, const float* y, const float* x, float* du, double* sums, Int samples,
+                      Int voxels, Int channels, Int activation, Int threads) {
+  std::vector<double> parts(samples * kParts * 2 * channels, 0.0);
+  over_parts(samples, voxels, kParts, threads, [&](Int n, Int begin, Int end, Int part) {
+    double* total = parts.data() + (n * kParts + part) * 2 * channels;
+    for (Int chunk = begin; chunk < end; chunk += kChunk)
+      for (Int c = 0; c < channels; c += kLane) {
+        Lane sum{}, product{};
+        for (Int i = chunk; i < std::min(end, chunk + kChunk); ++i) {
+          const Int at = i * channels + c;
+          const Lane d = through(load(grad + at), load(y + at), activation);
+          if (du) store(du + at, d);
+          sum += d;
+          product += d * load(x + at);
+        }
+        for (int k = 0; k < kLane; ++k) total[c + k] += sum[k], total[channels + c + k] += product[k];
+      }
+  });
+  for (Int n = 0; n < samples; ++n)
+    for (Int c = 0; c < 2 * channels; ++c) {
+      double sum = 0;
+      for (Int part = 0; part < kParts; ++part) sum += parts[(n * kParts + part) * 2 * channels + c];
+      sums[n * 2 * channels + c] = sum;
+    }
+}
+
+// dx = du * scale + constant + slope * x; with y, du is `grad` before the activation, else `grad` itself.
+void scale_shift_gradient(const float* grad, const float* y, const float* x, const float* scale,
+                          const float* constant, const float* slope, float* dx, Int samples, Int voxels,
+                          Int channels, Int activation, Int threads) {
+  over_parts(samples, voxels, kParts, threads, [&](Int n, Int begin, Int end, Int) {
+    const float *a = scale + n * channels, *b = constant + n * channels, *s = slope + n * channels;
+    for (Int i = begin; i < end; ++i)
+      for (Int c = 0; c < channels; c += kLane) {
+        const Int at = i * channels + c;
+        const Lane d = y ? through(load(grad + at), load(y + at), activation) : load(grad + at);
+        store(dx + at, d * load(a + c) + load(b + c) + load(s + c) * load(x + at));
+      }
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,185 @@
+"""What the networks are built of: folding voxels into channels, residual blocks, norms and activations."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from synmlops.learning_params import NetworkParams
+
+_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_REDUCTION = 4  # of squeeze-excite. Source: PyTorch Connectomics v1
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions with normalisation; their result is added to the input.
+
+    With `squeeze_excite` in the params the result is weighed by channel first.
+
+    Parameters
+    ----------
+    width : int
+        Channels in and out.
+    kernel, second : tuple of int
+        Odd sizes of the first and of the second convolution; by default both are alike.
+    params : NetworkParams
+    """
+
+    def __init__(
+        self,
+        width: int,
+        kernel: tuple[int, int, int],
+        params: NetworkParams,
+        *,
+        second: tuple[int, int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        second = second or kernel
+        self.conv1 = Conv3d(width, width, kernel, padding=same_padding(kernel), bias=False)
+        self.norm1 = norm_of(params.norm, width)
+        self.conv2 = Conv3d(width, width, second, padding=same_padding(second), bias=False)
+        self.norm2 = norm_of(params.norm, width)
+        self.activation = activation_of(params.activation)
+        self.excite = SqueezeExcite(width, params) if params.squeeze_excite else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keep the shape."""
+        inner = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
+        if self.excite is not None:
+            inner = self.excite(inner)
+        return self.activation(inner + x)  # type: ignore[no-any-return]
+
+
+class Conv3d(nn.Conv3d):
+    """A convolution that a CPU computes with oneDNN for every size.
+
+    torch gives small single patches to its own convolution, which takes four to seven times as long.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (n, c, z, y, x)."""
+        is_plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        is_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if x.device.type == "cpu" and is_plain and is_float32 and _HAS_ONEDNN:
+            return torch.mkldnn_convolution(
+                x,
+                self.weight,
+                self.bias,
+                self.padding,  # type: ignore[arg-type]  # numbers, as is_plain says
+                self.stride,
+                self.dilation,
+                self.groups,
+            )
+        return super().forward(x)
+
+
+class SqueezeExcite(nn.Module):
+    """Weighs each channel by what the means of all channels over the patch say.
+
+    Source: Hu et al. 2018, arXiv:1709.01507.
+    """
+
+    def __init__(self, width: int, params: NetworkParams) -> None:
+        super().__init__()
+        narrow = max(1, width // _REDUCTION)
+        self.squeeze = Conv3d(width, narrow, 1)
+        self.activation = activation_of(params.activation)
+        self.weigh = Conv3d(narrow, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keep the shape."""
+        means = x.mean((2, 3, 4), keepdim=True)
+        return x * torch.sigmoid(self.weigh(self.activation(self.squeeze(means))))
+
+
+class Exclusive(nn.Module):
+    """Makes pre, post and background exclude each other: a softmax, given as one logit per channel.
+
+    The sigmoid of what comes out is the softmax probability of pre and of post, and of either for the union.
+    So losses, prediction and decoding need not know which kind a network is.
+
+    Parameters
+    ----------
+    network : nn.Module
+        Its third output counts against the background class. Of a tuple, as deep supervision gives, each
+        level is made exclusive.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Map (n, 1, z, y, x) to (n, 3, z, y, x) logits of pre, post and union."""
+        logits = self.network(image)
+        if isinstance(logits, tuple):
+            return tuple(_exclude(level) for level in logits)
+        return _exclude(logits)
+
+
+def _exclude(logits: Tensor) -> Tensor:
+    pre, post, union = logits.float().unbind(1)
+    background = -union
+    return torch.stack(
+        [
+            pre - torch.logaddexp(background, post),
+            post - torch.logaddexp(background, pre),
+            torch.logaddexp(pre, post) - background,
+        ],
+        dim=1,
+    )
+
+
+def fold_voxels(x: Tensor, block_zyx: tuple[int, int, int]) -> Tensor:
+    """Turn each block of voxels into channels: (n, c, z, y, x) to (n, c * block, z / bz, y / by, x / bx).
+
+    Examples
+    --------
+    >>> fold_voxels(torch.zeros(1, 1, 2, 4, 4), (1, 2, 2)).shape
+    torch.Size([1, 4, 2, 2, 2])
+    """
+    n, c, z, y, x_size = x.shape
+    bz, by, bx = block_zyx
+    blocks = x.reshape(n, c, z // bz, bz, y // by, by, x_size // bx, bx)
+    folded = blocks.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(
+        n, c * bz * by * bx, z // bz, y // by, x_size // bx
+    )
+    return folded.contiguous(memory_format=torch.channels_last_3d)
+
+
+def unfold_voxels(x: Tensor, block_zyx: tuple[int, int, int]) -> Tensor:
+    """Undo `fold_voxels`.
+
+    Examples
+    --------
+    >>> x = torch.arange(64.).reshape(1, 2, 2, 4, 4)
+    >>> bool((unfold_voxels(fold_voxels(x, (1, 2, 2)), (1, 2, 2)) == x).all())
+    True
+    """
+    bz, by, bx = block_zyx
+    n, c, z, y, x_size = x.shape
+    blocks = x.reshape(n, c // (bz * by * bx), bz, by, bx, z, y, x_size)
+    return blocks.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(n, -1, z * bz, y * by, x_size * bx)
+
+
+def same_padding(kernel: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Give the padding with which a convolution of odd sizes keeps the shape."""
+    z, y, x = (size // 2 for size in kernel)
+    return z, y, x
+
+
+def norm_of(name: str, width: int) -> nn.Module:
+    """Build a normalisation: "group" has 8 groups, or fewer where 8 do not divide the width."""
+    if name == "group":
+        return nn.GroupNorm(math.gcd(8, width), width)
+    if name == "batch":
+        return nn.BatchNorm3d(width)
+    return nn.InstanceNorm3d(width, affine=True)
+
+
+def activation_of(name: str) -> nn.Module:
+    """Build "relu", "silu" or "elu"."""
+    return _ACTIVATIONS[name]()
+
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "elu": nn.ELU}
