@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool3d, binary_cross_entropy_with_logits, cross_entropy
 
 from synmlops.learning.losses import LossTerms, Totals, compute_loss, foreground_weights
-from synmlops.learning.networks.registry import Exclusive
+from synmlops.learning.networks.layers import Exclusive
 from synmlops.learning.plane_sums import plane_sums
 from synmlops.learning.targets import targets_of
 from synmlops.params import LossParams
@@ -90,10 +90,11 @@ def test_the_gradient_of_the_sums_is_that_of_their_values() -> None:
 def test_logits_of_bf16_and_in_another_memory_format_are_taken() -> None:
     logits, targets, valid = partly_valid()
     plain = compute_loss(logits.bfloat16().float(), targets, valid, params=EVERY).total
-    other = logits.bfloat16().to(memory_format=torch.channels_last_3d).requires_grad_()  # type: ignore[call-overload]
+    other = logits.bfloat16().to(memory_format=torch.channels_last_3d).requires_grad_()
     loss = compute_loss(other, targets, valid, params=EVERY)
     torch.testing.assert_close(loss.total, plain)
     descend(loss)
+    assert other.grad is not None
     assert other.grad.dtype == torch.bfloat16
 
 
@@ -154,6 +155,16 @@ def test_cross_entropy_is_that_of_the_softmax_behind_exclusive_logits() -> None:
         logits, targets, valid, params=only("cross_entropy", foreground_weight_clip=EVEN)
     ).total
     torch.testing.assert_close(loss, cross_entropy(scores, sides.long()))
+
+
+def test_cross_entropy_weighs_foreground_by_its_share_of_the_union() -> None:
+    """Worked: a quarter of the voxels is foreground and counts three times."""
+    logits = torch.full((1, 3, 1, 1, 4), -1.0)
+    targets = torch.zeros_like(logits)
+    targets[0, [0, 2], 0, 0, 0] = 1  # a pre voxel
+    loss = compute_loss(logits, targets, torch.ones_like(logits), params=only("cross_entropy")).total
+    of_foreground, of_background = np.log1p(np.exp(1.0)), np.log1p(np.exp(-1.0))
+    assert float(loss) == pytest.approx((3 * of_foreground + 3 * of_background) / 4, rel=1e-6)
 
 
 def test_cross_entropy_of_a_union_label_is_that_of_foreground() -> None:
@@ -282,7 +293,7 @@ def test_terms_agree_with_the_incumbents(shared: Callable[[str], Path]) -> None:
     dice = []
     for sample in zip(logits, targets, valid, strict=True):
         as_one_plane = [part.reshape(1, 1, -1, 32, 32).expand(1, 3, -1, -1, -1) for part in sample]
-        even = compute_loss(*as_one_plane, params=only("tversky", tversky_weights=(0.5, 0.5)))  # type: ignore[arg-type]
+        even = compute_loss(*as_one_plane, params=only("tversky", tversky_weights=(0.5, 0.5)))
         dice.append(float(even.total))
     assert 0.5 * np.mean(dice) == pytest.approx(float(golden["dice_x0p5"]), rel=1e-5)
 

@@ -52,7 +52,7 @@ def step_of(optimizer: str, *, gradient: float, **options: Any) -> tuple[float, 
         for weight in network.parameters():
             weight.fill_(1.0)
             weight.grad = torch.full_like(weight, gradient)
-    train = TrainParams(optimizer=optimizer, learning_rate=0.1, **options)  # type: ignore[arg-type]
+    train = TrainParams(optimizer=optimizer, learning_rate=0.1, **options)
     build_optimizer(network, train).step()
     moved = [float(weight.detach().flatten()[0]) - 1 for weight in network.parameters()]
     return moved[0], moved[1]
