@@ -12,7 +12,7 @@ from synmlops.tracking.lineage import UNKNOWN
 from synmlops.tracking.metric_log import reserved
 from synmlops.tracking.record import RunRecord
 from synmlops.tracking.sidecar import STAGE_TAG, Opening, Progress, data_tags, opened_at, runs_folder
-from synmlops.tracking.store import KEY_TAG, PARENT_TAG, KnownRun, Store, text_of
+from synmlops.tracking.store import KEY_TAG, PARENT_TAG, KnownRun, Store, Unreachable, text_of
 
 
 def place(delivery: Delivery, store: Store) -> KnownRun:
@@ -42,7 +42,23 @@ def _own_run(delivery: Delivery, store: Store) -> KnownRun:
             f"run {opening.key[:8]} is not in {store.shown} (deleted, or another store): "
             f"recorded anew from {delivery.log}"
         )
-    return _create(delivery, store, key=opening.key)
+    return _create(delivery, store, key=opening.key, parent=_parent_from_the_start(delivery, store))
+
+
+def _parent_from_the_start(delivery: Delivery, store: Store) -> KnownRun | None:
+    """Find or make the run that this one lies below; None if there is none, or all trace of it is gone."""
+    key = delivery.opening.parent_key
+    if key is None:
+        return None
+    parent = store.find(key=key)
+    if parent is not None:
+        return parent
+    for log in sorted((runs_folder(delivery.log) / key).glob("*.jsonl")):
+        with reserved(log) as ours:
+            if not ours:  # whoever writes it makes the run; two of us would make two
+                raise Unreachable(f"{store.shown}: the run above this one is not there yet")
+            return place(Delivery(log, note=delivery.note), store)
+    return None
 
 
 def _attached_run(delivery: Delivery, store: Store, record: RunRecord) -> KnownRun:
@@ -73,7 +89,7 @@ def _create(delivery: Delivery, store: Store, *, key: str, parent: KnownRun | No
     tags = {KEY_TAG: key, **opening.tags, **data_tags(opening.data)}
     if parent is not None:
         tags[PARENT_TAG] = parent.run_id
-    name = _run_name(
+    name = opening.name or _run_name(
         key, opening.tags.get("synmlops.dvc_experiment"), stage=opening.stage if parent is not None else None
     )
     return store.create(name=name, tags=tags, time_ms=opened_at(delivery.log))

@@ -17,7 +17,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -40,7 +40,7 @@ from synmlops.tracking.sender import Sender, Synced, sync
 from synmlops.tracking.sidecar import Opening, Progress
 from synmlops.tracking.system_metrics import SystemMetrics
 
-__all__ = ["RunRecord", "StageRun", "Synced", "sync"]
+__all__ = ["Ended", "Nested", "RunRecord", "StageRun", "Synced", "sync"]
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 _FLUSH_SECONDS = 30.0
@@ -48,11 +48,23 @@ _KILLED_FLUSH_SECONDS = 5.0  # whoever sends SIGTERM soon sends SIGKILL
 _RUN_SECONDS = 20.0  # for the store to say which run a stage goes into, the first use of SQLite included
 
 
+@dataclass(frozen=True)
+class Nested:
+    """A place below another run, as that of a trial below its search."""
+
+    parent_key: str
+    name: str  # for people
+
+
+class Ended(Exception):
+    """Raised in the block of a run to end it early on purpose; the message says why."""
+
+
 class StageRun(Recorder):
     """A stage on record; made by `start` or `attach`, used as a context manager.
 
     Leaving the block without an exception finishes the run as complete, an exception as FAILED (its message
-    in the tag `synmlops.failure`), Ctrl-C and SIGTERM as KILLED.
+    in the tag `synmlops.failure`), Ctrl-C and SIGTERM as KILLED; `Ended` too, with all that was logged.
     """
 
     def __init__(
@@ -85,6 +97,7 @@ class StageRun(Recorder):
         stage: str = "train",
         root: Path | None = None,
         system: bool = True,
+        nested: Nested | None = None,
     ) -> "StageRun":
         """Begin a new run, or go on with one.
 
@@ -105,6 +118,8 @@ class StageRun(Recorder):
             Project root; default: `project_root()`.
         system : bool, optional
             Whether to sample CPU, memory and GPU.
+        nested : Nested, optional
+            Where the run lies below another.
 
         Raises
         ------
@@ -127,6 +142,8 @@ class StageRun(Recorder):
             tags=lineage.tags(),
             record=None,
             unsure=resumed and log.is_new,
+            parent_key=nested.parent_key if nested else None,
+            name=nested.name if nested else None,
         )
         return cls._open(root, log, opening, lineage=lineage, system=system)._begin(from_step)
 
@@ -226,7 +243,8 @@ class StageRun(Recorder):
         is_child = before is not None and key != before.key
         log = str(self._log.path.relative_to(_logs(self._root)))
         earlier = {} if before is None or is_child else before.logs
-        parent = None if before is None else before.key if is_child else before.parent_key
+        above = opening.parent_key if before is None else before.parent_key
+        parent = before.key if before is not None and is_child else above
         return RunRecord(
             key=key,
             stage=opening.stage,
@@ -289,6 +307,9 @@ class StageRun(Recorder):
         try:
             if error is None:
                 self.finish()
+            elif isinstance(error, Ended):
+                self.commit()
+                self.finish("KILLED", str(error))
             elif isinstance(error, Exception):
                 self.finish("FAILED", " ".join(f"{type(error).__name__}: {error}".split()))
             else:

@@ -30,6 +30,8 @@ class Opening:
     tags: Mapping[str, str]  # lineage
     record: Mapping[str, Any] | None  # what the stage was given to attach to
     unsure: bool  # resumed without its earlier log: what was sent then is not known here
+    parent_key: str | None = None  # of the run that this one lies below from the start
+    name: str | None = None  # of a run that is made, for people; default: from its key
 
     @property
     def merged_params(self) -> dict[str, Any]:
