@@ -23,7 +23,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from synmlops.learning.checkpoint import ModelMeta, load_model, save_model
+from synmlops.learning.checkpoint import ModelMeta, load_model, read_meta, save_model
 from synmlops.learning.networks.registry import build_network
 from synmlops.learning.predict import predict_array
 from synmlops.params import InferParams, NetworkParams, SynmlopsError
@@ -189,26 +189,6 @@ def test_a_busy_server_says_so_in_time(served: SynapseModel, monkeypatch: pytest
     with served._one_at_a_time, pytest.raises(MlflowException, match="busy") as caught:
         ask(served, to_npy(a_volume()))
     assert status(caught.value) == 503
-
-
-# -- what travels ----------------------------------------------------------------------------------------
-
-
-def test_the_code_that_travels_is_what_serving_imports_and_no_more() -> None:
-    package = bundle.MODEL_CODE.parents[1]
-    names = {path.relative_to(package).as_posix() for path in bundle.code_files()}
-    needed = {"__init__.py", "params.py", "learning/predict.py", "learning/networks/registry.py", "serving/pyfunc.py"}
-    assert needed <= names
-    rooms = {name.partition("/")[0] for name in names if "/" in name}
-    assert rooms == {"learning", "serving", "volumes"}
-    assert "serving/registry.py" not in names
-
-
-def test_requirements_are_exact_pins_of_what_is_installed() -> None:
-    pins = dict(pin.split("==") for pin in bundle.requirements())
-    assert {"mlflow", "numpy", "pandas", "pydantic", "pyyaml", "safetensors", "torch"} <= set(pins)
-    assert not {"dvc", "typer", "matplotlib", "scikit-learn", "mlflow-skinny"} & set(pins)
-    assert pins["torch"] == torch.__version__.partition("+")[0]
 
 
 # -- the registry ----------------------------------------------------------------------------------------
@@ -529,7 +509,62 @@ def test_no_pickle_is_in_a_registered_model(project: Project, first: RegisteredV
     names = {path.name for path in files}
     assert {"MLmodel", "model_code.py", "model.safetensors", "settings.json", "requirements.txt"} <= names
     assert not [path for path in files if path.suffix in PICKLES or "__pycache__" in path.parts]
-    assert not [path for path in files if path.read_bytes()[:1] == b"\x80"]  # how a pickle begins
+    others = [path for path in files if path.suffix != ".safetensors"]  # which begins with any number
+    assert not [path for path in others if path.read_bytes()[:1] == b"\x80"]  # how a pickle begins
     described = next(path for path in files if path.name == "MLmodel").read_text()
     assert "python_model:" not in described  # the key of a pickled one
     assert "0.375" in described
+
+
+OWN_NETWORK = """
+from torch import nn
+from own_parts import body
+
+def build(params):
+    return body(params.options["width"])
+"""
+OWN_PARTS = """
+from torch import nn
+
+def body(width):
+    return nn.Sequential(nn.Conv3d(1, width, 3, padding=1), nn.ReLU(), nn.Conv3d(width, 3, 1))
+"""
+ASK_ALONE = """
+import sys
+import mlflow.pyfunc
+from test_serving_example import example
+answer = mlflow.pyfunc.load_model(sys.argv[1]).predict(example())
+sys.stdout.buffer.write(answer["probabilities"][0])
+"""
+
+
+@pytest.mark.slow
+def test_a_network_of_the_users_own_is_served_without_its_folder(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside, hook = tmp_path / "beside", tmp_path / "hook"
+    beside.mkdir()
+    hook.mkdir()
+    (beside / "own_net.py").write_text(OWN_NETWORK)
+    (beside / "own_parts.py").write_text(OWN_PARTS)
+    monkeypatch.syspath_prepend(beside)
+    meta = read_meta(project.model).model_copy(
+        update={"network": NetworkParams(name="own_net:build", options={"width": 5})}
+    )
+    path = tmp_path / "model.safetensors"
+    save_model(path, build_network(meta.network).state_dict(), meta)
+    version = project.register(path, name="own", operating_point=None)
+    volume = a_volume()
+    (hook / "test_serving_example.py").write_text(
+        f"import pandas as pd\ndef example():\n    return pd.DataFrame({{'volume': [{to_npy(volume)!r}]}})\n"
+    )
+    alone = subprocess.run(
+        [sys.executable, "-c", ASK_ALONE, version.uri],
+        cwd=hook,
+        env=lonely_environment(hook, project.uri),
+        capture_output=True,
+        check=True,
+    )
+    answer = from_npy(alone.stdout, ndim=4)
+    assert answer.tobytes() == predict_array(load_model(path), volume, params=INFER)[1:].tobytes()
+    assert b"/code/synmlops/__init__.py" in alone.stderr

@@ -227,7 +227,7 @@ def _log_model(bundle: "Bundle", *, run_id: str, name: str, tags: Mapping[str, s
     from mlflow import MlflowClient
     from mlflow.models import Model as LoggedModel
 
-    from synmlops.serving.bundle import input_example, requirements, signature
+    from synmlops.serving.bundle import input_example, signature
 
     run = MlflowClient().get_run(run_id)
     model_id: str = (
@@ -244,11 +244,11 @@ def _log_model(bundle: "Bundle", *, run_id: str, name: str, tags: Mapping[str, s
         model_id=model_id,
         run_id=run_id,
         python_model=str(bundle.script),
-        code_paths=[str(bundle.code)],
+        code_paths=[str(path) for path in bundle.code],
         artifacts=bundle.artifacts,
         signature=signature(),
         input_example=input_example(),
-        pip_requirements=requirements(),
+        pip_requirements=list(bundle.requirements),
         metadata={**bundle.settings, **tags},
     )
     return model_id
