@@ -1,0 +1,232 @@
+"""Copy-paste of synapses: one from elsewhere, with its surroundings, set into free tissue of a patch.
+
+Rare synapses turn up in more surroundings than they were labelled in. Source: Ghiasi et al. 2021,
+arXiv:2012.07177, for objects in photographs; here the surroundings go along and fade out, since what makes a
+synapse out are its neighbours (vesicles, a membrane on either side) as much as its density.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
+
+import cc3d
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt
+
+from synmlops.learning.sampling import LabelledRegion
+from synmlops.params import SynmlopsError
+from synmlops.volumes.prepared import BACKGROUND, UNTRUSTED, Box
+from synmlops.volumes.sites import MIDDLE, START, STOP
+
+WHOLE_NM, GONE_NM = 50.0, 100.0
+"""From a synapse: up to which its surroundings replace the target's, and from which they are gone."""
+
+TRIES = 8
+"""Places looked at for each synapse; with none of them free it is left out."""
+
+GREATEST_GAIN = 1.5
+"""By which grey values are stretched or shrunk to match."""
+
+_KEPT = 128  # donors, cut out and weighed, of about 0.3 MB each
+
+Grey = NDArray[np.unsignedinteger]
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+@dataclass(frozen=True)
+class Paste:
+    """One synapse to be pasted, drawn without a voxel."""
+
+    donor: int  # row of the donors
+    flips: tuple[bool, ...]  # along z, y, x
+    transposed: bool  # y and x
+    places: NDArray[np.float64]  # (TRIES, 3), shares of the box in which the middle may lie
+
+
+@dataclass(frozen=True)
+class Donor:
+    """A synapse and its surroundings, cut out of its volume; all (z, y, x)."""
+
+    image: Grey
+    sides: NDArray[np.uint8]  # codes of the synapse's own voxels, `BACKGROUND` elsewhere
+    weight: NDArray[np.float16]  # share of the donor in the blend: 1 in the synapse, 0 from `GONE_NM` on
+
+    def turned(self, paste: Paste) -> "Donor":
+        """Flip and transpose as drawn; views."""
+        axes = tuple(axis for axis in range(3) if paste.flips[axis])
+        order = (0, 2, 1) if paste.transposed else (0, 1, 2)
+
+        def turn(part: NDArray[Scalar]) -> NDArray[Scalar]:
+            return np.flip(part, axes).transpose(order)
+
+        return Donor(turn(self.image), turn(self.sides), turn(self.weight))
+
+    def part(self, slices: tuple[slice, ...]) -> "Donor":
+        """Give a box of it; views."""
+        return Donor(self.image[slices], self.sides[slices], self.weight[slices])
+
+
+class Donors:
+    """The synapses of all regions that lie in them with their surroundings; no other voxel is ever read.
+
+    Parameters
+    ----------
+    regions : sequence of LabelledRegion
+        Of the training tissue alone.
+
+    Raises
+    ------
+    SynmlopsError
+        If there is none.
+    """
+
+    def __init__(self, regions: Sequence[LabelledRegion]) -> None:
+        self._sites: list[tuple[LabelledRegion, Box, tuple[int, int, int]]] = []
+        by_known: dict[tuple[bool, ...], list[int]] = {}
+        for region in regions:
+            rim = np.ceil(GONE_NM / np.array(region.volume.grid.voxel_nm)).astype(np.int64) - 1
+            sites = region.volume.sites
+            starts, stops = sites[:, START] - rim, sites[:, STOP] + rim
+            inside = (starts >= region.box.start_zyx) & (stops <= region.box.stop_zyx)
+            for row in np.flatnonzero(inside.all(axis=1)):
+                (z0, y0, x0), (z1, y1, x1) = starts[row].tolist(), stops[row].tolist()
+                z, y, x = sites[row, MIDDLE].tolist()
+                by_known.setdefault(region.known, []).append(len(self._sites))
+                self._sites.append((region, Box((z0, y0, x0), (z1, y1, x1)), (z, y, x)))
+        if not self._sites:
+            raise SynmlopsError(
+                f"augment.copy_paste: no synapse lies in the training regions with {GONE_NM:g} nm around it; "
+                "set its probability to 0"
+            )
+        self._by_known = {known: np.array(rows) for known, rows in by_known.items()}
+        self.cut = lru_cache(maxsize=_KEPT)(self._cut)
+
+    def draw(self, rng: np.random.Generator, *, known: tuple[bool, ...], n: int) -> tuple[Paste, ...]:
+        """Draw what to paste into a patch: n donors that know the same channels, or nothing without such."""
+        rows = self._by_known.get(known)
+        if rows is None:
+            return ()
+        return tuple(
+            Paste(
+                donor=int(rng.choice(rows)),
+                flips=tuple(bool(flip) for flip in rng.random(3) < 0.5),
+                transposed=bool(rng.random() < 0.5),
+                places=rng.random((TRIES, 3)),
+            )
+            for _ in range(n)
+        )
+
+    def _cut(self, row: int) -> Donor:
+        region, box, middle = self._sites[row]
+        volume = region.volume
+        sides = np.array(volume.sides[box.slices])
+        at = tuple(m - s for m, s in zip(middle, box.start_zyx, strict=True))
+        foreground = (sides != BACKGROUND) & (sides != UNTRUSTED)
+        if volume.kind == "pairs":
+            site = (volume.label[box.slices].astype(np.int64) + 1) // 2
+            own = foreground & (site == site[at])
+        else:
+            components = cc3d.connected_components(foreground, connectivity=26)
+            own = components == components[at]
+        weight = _blend_weight(own, foreign=(sides != BACKGROUND) & ~own, voxel_nm=volume.grid.voxel_nm)
+        return Donor(np.array(volume.image[box.slices]), np.where(own, sides, BACKGROUND), weight)
+
+
+def paste_into(
+    image: Grey,
+    sides: NDArray[np.uint8],
+    *,
+    pastes: Sequence[Paste],
+    donors: Donors,
+    inner_zyx: tuple[int, ...],
+) -> int:
+    """Set synapses into a patch where it is free.
+
+    A place is free if the synapse and its surroundings cover no foreground and no untrusted voxel. A synapse
+    at the border of the patch is cut off there.
+
+    Parameters
+    ----------
+    image : (z, y, x) array of uint8 or uint16
+        Changed in place.
+    sides : (z, y, x) array of uint8
+        Codes of `synmlops.volumes.prepared`; changed in place.
+    pastes : sequence of Paste
+        What `Donors.draw` drew.
+    donors : Donors
+    inner_zyx : tuple of int
+        Size of the box in the middle of the patch in which the middle of a synapse may come to lie.
+
+    Returns
+    -------
+    n : int
+        Synapses that found a place.
+    """
+    n_pasted = 0
+    inner = np.minimum(inner_zyx, image.shape)
+    margin = (np.array(image.shape) - inner) // 2
+    for paste in pastes:
+        donor = donors.cut(paste.donor).turned(paste)
+        middles = margin + (paste.places * inner).astype(np.int64)
+        for start in middles - np.array(donor.image.shape) // 2:
+            into, of = _overlap(start, donor.image.shape, image.shape)
+            part = donor.part(of)
+            if part.sides.any() and not (sides[into] != BACKGROUND)[part.weight > 0].any():
+                _blend(image[into], sides[into], part)
+                n_pasted += 1
+                break
+    return n_pasted
+
+
+def _overlap(
+    start: NDArray[np.int64], size: tuple[int, ...], whole: tuple[int, ...]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Give the common box of a piece set at `start` and the whole, as slices of the whole and the piece."""
+    low, high = np.maximum(start, 0), np.minimum(start + size, whole)
+    into = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+    of = tuple(slice(int(a), int(b)) for a, b in zip(low - start, high - start, strict=True))
+    return into, of
+
+
+def _blend(image: Grey, sides: NDArray[np.uint8], donor: Donor) -> None:
+    """Blend a donor in where it lies; its surroundings take on the grey level of those that they replace."""
+    weight = donor.weight.astype(np.float32)
+    own = donor.sides != BACKGROUND
+    piece, target = donor.image.astype(np.float32), image.astype(np.float32)
+    around = ((weight > 0) & ~own).astype(np.float32)
+    piece_mean, piece_std = _levels(piece, around)
+    target_mean, target_std = _levels(target, around)
+    gain = np.clip(target_std / max(piece_std, 1e-6), 1 / GREATEST_GAIN, GREATEST_GAIN)
+    matched = (piece - piece_mean) * gain + target_mean
+    blended = target + weight * (matched - target)
+    image[...] = np.rint(blended).clip(0, np.iinfo(image.dtype).max).astype(image.dtype)
+    sides[own] = donor.sides[own]
+
+
+def _levels(image: NDArray[np.float32], where: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
+    """Give the mean of each section where there is weight, and the deviation from these over all sections."""
+    n = where.sum(axis=(1, 2), keepdims=True)
+    total = max(float(n.sum()), 1.0)
+    everywhere = float((image * where).sum()) / total
+    means = np.where(n > 0, (image * where).sum(axis=(1, 2), keepdims=True) / np.maximum(n, 1), everywhere)
+    return means, float(np.sqrt((where * (image - means) ** 2).sum() / total))
+
+
+def _blend_weight(
+    own: NDArray[np.bool_], *, foreign: NDArray[np.bool_], voxel_nm: tuple[float, float, float]
+) -> NDArray[np.float16]:
+    """Give the donor's weight: 1 in the synapse and near it, fading outwards and towards what is foreign.
+
+    Other synapses are not pasted, for nothing would be left of them but an image without a label.
+    """
+    away = distance_transform_edt(~own, sampling=voxel_nm)
+    fade = GONE_NM - WHOLE_NM
+    weight = np.clip((GONE_NM - away) / fade, 0, 1)
+    if foreign.any():
+        near = distance_transform_edt(~foreign, sampling=voxel_nm)
+        weight = np.minimum(weight, np.clip((near - min(voxel_nm)) / fade, 0, 1))
+        weight[own] = 1
+    smooth: NDArray[np.float16] = (weight * weight * (3 - 2 * weight)).astype(np.float16)
+    return smooth
