@@ -198,7 +198,8 @@ def _blend(image: Grey, sides: NDArray[np.uint8], donor: Donor) -> None:
     around = ((weight > 0) & ~own).astype(np.float32)
     piece_mean, piece_std = _levels(piece, around)
     target_mean, target_std = _levels(target, around)
-    gain = np.clip(target_std / max(piece_std, 1e-6), 1 / GREATEST_GAIN, GREATEST_GAIN)
+    ratio = (target_std + 1) / (piece_std + 1)  # a grey level of rounding, where there is no texture
+    gain = np.clip(ratio, 1 / GREATEST_GAIN, GREATEST_GAIN)
     matched = (piece - piece_mean) * gain + target_mean
     blended = target + weight * (matched - target)
     image[...] = np.rint(blended).clip(0, np.iinfo(image.dtype).max).astype(image.dtype)
