@@ -8,6 +8,7 @@ more. Image and labels are read at the same places, so labels follow geometry ex
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ class Geometry:
         turns = self.degrees != 0 or (self.slip is not None and self.slip.degrees != 0)
         return turns or self.zoom != 1 or self.elastic is not None
 
-    @property
+    @cached_property
     def box_zyx(self) -> tuple[int, int, int]:
         """Size of the box that is read, in the patch's axes: the patch and even margins in plane."""
         z, *sizes = self.patch_zyx
