@@ -62,12 +62,7 @@ def squeeze(spline: Spline, shape_yx: tuple[int, int]) -> float:
     >>> round(squeeze(Spline(slope, spacing=4), (5, 5)), 6)
     0.5
     """
-    spacing = spline.spacing
-    (at_y, slope_y), (at_x, slope_x) = (
-        (_basis(points, spacing, size), _basis_slope(points, spacing, size))
-        for size in shape_yx
-        for points in [np.linspace(0, size - 1, min(size, int(8 * size / spacing) + 2))]
-    )
+    (at_y, slope_y), (at_x, slope_x) = (_lattice(size, spline.spacing) for size in shape_yx)
     (yy, xy), (yx, xx) = slope_y @ spline.control @ at_x.T, at_y @ spline.control @ slope_x.T
     least = (yy + xx) / 2 - np.hypot((yy - xx) / 2, (xy + yx) / 2)
     return max(0.0, -float(least.min()))
@@ -86,6 +81,13 @@ def spline_basis(size: int, spacing: float) -> Values:
     basis = _basis(np.arange(size, dtype=np.float64), spacing, size)
     basis.flags.writeable = False  # shared by all patches
     return basis
+
+
+@lru_cache(maxsize=16)
+def _lattice(size: int, spacing: float) -> tuple[Values, Values]:
+    """Weights of the control points, and their slopes, at points an eighth of a spacing apart."""
+    points = np.linspace(0, size - 1, min(size, int(8 * size / spacing) + 2))
+    return _basis(points, spacing, size), _basis_slope(points, spacing, size)
 
 
 def _offsets(points: Values, spacing: float, size: int) -> Values:
