@@ -21,7 +21,16 @@ app = typer.Typer(
 importers = typer.Typer(help="Turn public datasets into volumes.", no_args_is_help=True)
 app.add_typer(importers, name="import")
 
-ParamsFile = Annotated[Path, typer.Option("--params", help="The params file.")]
+
+def _find_modules_beside(params: Path) -> Path:
+    """Have Python look for a network of the user's own beside params.yaml, after everywhere else."""
+    folder = str(params.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return params
+
+
+ParamsFile = Annotated[Path, typer.Option("--params", help="The params file.", callback=_find_modules_beside)]
 PreparedFolder = Annotated[Path, typer.Option("--prepared", help="What prepare wrote.")]
 ModelsFolder = Annotated[Path, typer.Option("--models", help="What train wrote.")]
 PredictedFolder = Annotated[Path, typer.Option("--predicted", help="What infer wrote.")]
@@ -85,22 +94,61 @@ def train(
     processes: Annotated[
         int, typer.Option(min=1, help="CPU processes that share the batch, where no GPU is used.")
     ] = 1,
+    resume: Annotated[
+        Path | None, typer.Option(help="Checkpoint, or its folder, to go on from; default: its own.")
+    ] = None,
 ) -> None:
-    """Train a model; several GPUs (or CPU processes) share each batch."""
+    """Train a model; several GPUs (or CPU processes) share each batch. Run again, it goes on where it was."""
     from synmlops.learning.launch import is_worker, launch, leave_if_stopped
 
     leave_if_stopped()
-    settings = load_params(params)
     if not is_worker() and (n_ranks := _count_ranks(gpus, processes)) > 1:
+        load_params(params)  # what is wrong with them is said before anything starts
         given = ["--gpus", gpus or 0] if gpus is not None or processes > 1 else []
+        given += ["--resume", resume] if resume is not None else []
         flags = ["train", "--params", params, "--prepared", prepared, "--out", out, *given]
         launch(n_ranks, [str(flag) for flag in flags])
         return
-    from synmlops.stages.train import run
+    from synmlops.learning.distributed import joined_ranks
+    from synmlops.stages.train import run_as
 
-    record = run(settings, prepared=prepared, out=out, gpus=gpus)
+    with joined_ranks(gpus) as ranks:  # first of all, so that what is wrong in one process ends all of them
+        record = run_as(ranks, load_params(params), prepared=prepared, out=out, resume=resume)
     if record is not None:
         typer.echo(f"models in {out}; run {record.key}")
+
+
+@app.command()
+def tune(
+    params: ParamsFile = Path("params.yaml"),
+    prepared: PreparedFolder = PREPARED,
+    space: Annotated[Path, typer.Option(help="Which params to change, and to what.")] = Path("tune.yaml"),
+    name: Annotated[str, typer.Option(help="Of the search; run again, it goes on.")] = "search",
+    trials: Annotated[int, typer.Option(min=1, help="In all, those of an earlier start included.")] = 20,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of each trial, instead of train.steps.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides, with the scores, what is tried.")] = 0,
+    spare: Annotated[int, typer.Option(min=1, help="Trials to complete before any is pruned.")] = 4,
+    gpus: Annotated[int | None, typer.Option(min=0, max=1, help="0 trains on the CPU.")] = None,
+    apply: Annotated[
+        int | None, typer.Option(min=0, help="Run nothing; write this trial's params into the params file.")
+    ] = None,
+) -> None:
+    """Search for better params: train many sets, the bad ones not to the end; each is a run in MLflow."""
+    from functools import partial
+
+    from synmlops.stages import tune as stage
+
+    if apply is not None:
+        changed = stage.apply(name, apply, params=params)
+        typer.echo("\n".join([f"{key}: {value}" for key, value in changed.items()] or ["nothing to change"]))
+        typer.echo(f"{params} is that of trial {apply} now; `dvc repro` trains it")
+        return
+    from synmlops.stages.train import run
+
+    search = stage.Search(name, params, space, prepared, trials, steps, seed, spare)
+    rows = stage.run(search, train=partial(run, prepared=prepared, gpus=gpus))
+    typer.echo(stage.trials_table(rows))
+    typer.echo(f"params of a trial: `synmlops tune --name {name} --apply TRIAL`, then `dvc repro`")
 
 
 @app.command()
@@ -232,6 +280,34 @@ def show_params(
 
 
 @app.command()
+def network(
+    params: ParamsFile = Path("params.yaml"),
+    prepared: PreparedFolder = PREPARED,
+    patch: Annotated[
+        str | None, typer.Option(help="Voxels of a patch, z,y,x; default: sampling.patch_zyx.")
+    ] = None,
+    gpus: Gpus = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """Print parameters, receptive field, arithmetic and memory of the network that the params describe."""
+    from synmlops.learning.distributed import pick_device
+    from synmlops.learning.networks import show
+    from synmlops.learning.networks.report import report_on
+
+    given = {} if patch is None else {"sampling.patch_zyx": patch.split(",")}
+    settings = load_params(params, overrides=given)
+    sampling = settings.sampling
+    report = report_on(
+        settings.network, train=settings.train, patch_zyx=sampling.patch_zyx, device=pick_device(gpus)
+    )
+    voxel_nm = _voxel_nm(settings, prepared)
+    if as_json:
+        typer.echo(show.as_json(report, batch=sampling.batch_size, voxel_nm=voxel_nm))
+    else:
+        show.show(report, batch=sampling.batch_size, voxel_nm=voxel_nm)
+
+
+@app.command()
 def inspect(
     files: Annotated[list[str], typer.Argument(help="Volumes: HDF5, TIFF, folder of sections.")],
 ) -> None:
@@ -353,6 +429,20 @@ def _given_volumes(params: Params, image: str | None, label: str | None, kind: s
         guard = params.network.receptive_field_zyx()[1]
         overrides["data.split"] = {"axis": "y", "bands": 4, "guard": guard}
     return overrides
+
+
+def _voxel_nm(params: Params, prepared: Path) -> tuple[float, float, float] | None:
+    """Give the voxel size that training sees: of prepared volumes, else what the params say, if they do."""
+    from synmlops.volumes.prepared import read_manifest
+
+    if (prepared / "manifest.json").exists():
+        return next(iter(read_manifest(prepared).volumes.values())).grid.voxel_nm
+    phantom = params.data.phantom
+    given = params.data.voxel_nm or (None if phantom is None else phantom.voxel_nm)
+    if given is None:
+        return None
+    z, y, x = (size * n for size, n in zip(given, params.data.pool_zyx, strict=True))
+    return z, y, x
 
 
 def _three_numbers(text: str | None) -> tuple[float, float, float] | None:

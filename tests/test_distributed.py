@@ -15,12 +15,11 @@ import yaml
 from safetensors.torch import load_file
 from tiny import TinyProject
 
-from synmlops.learning.distributed import Ranks, check_gpus, count_gpus, joined_ranks, pick_device
+from synmlops.learning.distributed import Ranks, check_gpus, count_gpus, device_of, joined_ranks, pick_device
 from synmlops.learning.launch import is_worker, leave_if_stopped, tell_launcher
 from synmlops.params import SynmlopsError
 
 NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
-WORKER = {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
 
 DIE_ONCE = """
 import os
@@ -242,11 +241,9 @@ def test_a_process_of_its_own_stands_alone(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_worker_without_a_gpu_of_its_own(
     monkeypatch: pytest.MonkeyPatch, gpus: int | None, message: str
 ) -> None:
-    for name, value in WORKER.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setattr("synmlops.learning.distributed.count_gpus", lambda: 1)
-    with pytest.raises(SynmlopsError, match=message), joined_ranks(gpus):
-        pass
+    with pytest.raises(SynmlopsError, match=message):
+        device_of(1, gpus)
 
 
 def test_a_worker_says_why_it_stops_and_the_others_leave(

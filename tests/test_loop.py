@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,15 @@ import torch
 from tiny import TinyProject
 from torch import Tensor
 
-from synmlops.learning.checkpoint import Model, ModelMeta, load_state, save_state
+from synmlops.learning.checkpoint import Model, ModelMeta, save_state
 from synmlops.learning.distributed import Ranks
-from synmlops.learning.loop import LOG_EVERY, Fitted, Recipe, Row, fit, learning_rate_at
+from synmlops.learning.loop import LOG_EVERY, Fitted, Recipe, Row, fit
 from synmlops.learning.losses import LossTerms, compute_loss
 from synmlops.learning.networks.registry import build_network
+from synmlops.learning.optim import learning_rate_at
 from synmlops.learning.sampling import LabelledRegion
-from synmlops.params import CHANNELS, SynmlopsError, TrainParams
+from synmlops.learning.states import States
+from synmlops.params import CHANNELS, SynmlopsError
 from synmlops.volumes.prepared import Box
 
 ALONE = Ranks(rank=0, n_ranks=1, device=torch.device("cpu"))
@@ -35,6 +36,7 @@ class Watcher:
     stop_logged: int | None = None
     rows: list[tuple[int, Row]] = field(default_factory=list)
     saves: list[int] = field(default_factory=list)
+    alarms: list[tuple[int, str]] = field(default_factory=list)
 
     def logged(self, step: int, row: Row) -> None:
         self.rows.append((step, row))
@@ -45,6 +47,9 @@ class Watcher:
         self.saves.append(step)
         if step == self.stop_saved:
             raise Interrupted
+
+    def alarm(self, step: int, message: str) -> None:
+        self.alarms.append((step, message))
 
 
 def _validate(model: Model) -> float:
@@ -57,7 +62,7 @@ class Bench:
     """What is trained on; `fit` with some of the recipe changed."""
 
     project: TinyProject
-    state: Path
+    states: Path
 
     def recipe(self, **train: Any) -> Recipe:
         params = self.project.params
@@ -90,19 +95,25 @@ class Bench:
             [LabelledRegion(volume, Box((0, 0, 0), volume.shape_zyx))],
             meta=meta,
             ranks=ranks,
-            state_path=self.state,
+            states=self.states,
             validate=validate,
             observer=observer or Watcher(),
         )
 
     def at(self, name: str) -> "Bench":
-        """Give the same with a state file of its own."""
-        return replace(self, state=self.state.with_name(name))
+        """Give the same with checkpoints of its own."""
+        return replace(self, states=self.states.with_name(name))
+
+    def state(self) -> dict[str, Any]:
+        """Read its newest checkpoint."""
+        state = States(self.states).load()
+        assert state is not None
+        return state
 
 
 @pytest.fixture
 def bench(tiny_project: TinyProject, tmp_path: Path) -> Bench:
-    return Bench(tiny_project, tmp_path / "state.pt")
+    return Bench(tiny_project, tmp_path / "states")
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -116,7 +127,7 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 )
 def test_resumed_is_uninterrupted(bench: Bench, stop: dict[str, Any]) -> None:
     """Wherever it is cut: weights bit by bit, best step, score and every point of the curves."""
-    whole = bench.at("whole.pt").fit()
+    whole = bench.at("whole").fit()
     with pytest.raises(Interrupted):
         bench.fit(observer=Watcher(**stop))
     resumed = bench.fit()
@@ -125,12 +136,12 @@ def test_resumed_is_uninterrupted(bench: Bench, stop: dict[str, Any]) -> None:
     assert (resumed.best_step, resumed.best_score) == (whole.best_step, whole.best_score)
     assert resumed.history == whole.history
     curve = [row["step"] for row in resumed.history if "loss" in row]
-    assert curve == [4, 8, 10, 12]
+    assert curve == [6, 10, 12]
     assert [row["step"] for row in resumed.history if "validation_f1" in row] == [6, 12]
 
 
 def test_interrupted_twice(bench: Bench) -> None:
-    whole = bench.at("whole.pt").fit()
+    whole = bench.at("whole").fit()
     for stop in (4, 8):
         with pytest.raises(Interrupted):
             bench.fit(observer=Watcher(stop_saved=stop))
@@ -145,11 +156,16 @@ def test_a_finished_training_is_not_begun_again(bench: Bench) -> None:
     assert again.history == done.history
 
 
+def _curve(fitted: Fitted) -> list[Row]:
+    """Give the points of the loss curve, without those of validation."""
+    return [row for row in fitted.history if "loss" in row]
+
+
 def test_every_point_of_the_curve_is_the_mean_since_the_last(bench: Bench) -> None:
-    fine = bench.at("fine.pt").fit(validate=None, checkpoint_every=1).history
-    coarse = bench.fit(validate=None, checkpoint_every=4).history
+    fine = _curve(bench.at("fine").fit(validate_every=1))
+    coarse = _curve(bench.fit(validate=None))
     assert [row["step"] for row in fine] == list(range(1, 13))
-    spans = {4: (0, 4), 8: (4, 8), LOG_EVERY: (8, 10), 12: (10, 12)}
+    spans = {LOG_EVERY: (0, 10), 12: (10, 12)}
     assert [row["step"] for row in coarse] == list(spans)
     for row in coarse:
         low, high = spans[int(row["step"])]
@@ -157,6 +173,12 @@ def test_every_point_of_the_curve_is_the_mean_since_the_last(bench: Bench) -> No
             mean = sum(point[name] for point in fine[low:high]) / (high - low)
             assert row[name] == pytest.approx(mean, rel=1e-5)
         assert row["learning_rate"] == fine[high - 1]["learning_rate"]
+
+
+def test_how_often_it_is_saved_changes_nothing(bench: Bench) -> None:
+    often, rarely = bench.at("often").fit(checkpoint_every=1), bench.fit(checkpoint_every=100)
+    assert _same(often.last, rarely.last)
+    assert often.history == rarely.history
 
 
 def test_observer_hears_of_every_row_and_checkpoint(bench: Bench) -> None:
@@ -173,8 +195,8 @@ def test_it_learns(bench: Bench) -> None:
 
 def test_the_seed_decides(bench: Bench) -> None:
     one = bench.fit(steps=2)
-    same = bench.at("same.pt").fit(steps=2)
-    other = bench.at("other.pt").fit(recipe=replace(bench.recipe(steps=2), seed=8))
+    same = bench.at("same").fit(steps=2)
+    other = bench.at("other").fit(recipe=replace(bench.recipe(steps=2), seed=8))
     assert _same(one.last, same.last)
     assert not _same(one.last, other.last)
 
@@ -207,9 +229,7 @@ def test_averaged_weights_follow_their_formula(bench: Bench) -> None:
 
     class Keeper(Watcher):
         def saved(self, step: int) -> None:
-            state = load_state(bench.state)
-            assert state is not None
-            raw.append(state["network"])
+            raw.append(bench.state()["network"])
 
     fitted = bench.fit(observer=Keeper(), validate=None, steps=5, checkpoint_every=1, ema=0.3)
     torch.manual_seed(bench.project.params.seed)
@@ -218,30 +238,14 @@ def test_averaged_weights_follow_their_formula(bench: Bench) -> None:
         decay = min(0.3, (1 + step) / (10 + step))
         averaged = {name: decay * averaged[name] + (1 - decay) * weights[name] for name in averaged}
     torch.testing.assert_close(fitted.last, averaged)
-    plain = bench.at("plain.pt").fit(validate=None, steps=5, checkpoint_every=5, ema=0.0)
-    state = load_state(bench.at("plain.pt").state)
-    assert state is not None
-    torch.testing.assert_close(plain.last, state["network"])
-
-
-def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    train = TrainParams(steps=100, warmup_steps=10, learning_rate=0.5)
-    rates = [learning_rate_at(step, train) for step in range(1, 101)]
-    assert rates[:10] == pytest.approx([0.05 * step for step in range(1, 11)])
-    assert all(before > after for before, after in pairwise(rates[9:]))
-    assert rates[-1] == pytest.approx(0, abs=1e-9)
-    at_once = TrainParams(steps=100, warmup_steps=0, learning_rate=0.5)
-    assert learning_rate_at(1, at_once) == pytest.approx(0.5, rel=1e-3)
-    assert learning_rate_at(1, TrainParams(steps=1, warmup_steps=1, learning_rate=0.5)) == 0.5
+    plain = bench.at("plain").fit(validate=None, steps=5, checkpoint_every=5, ema=0.0)
+    torch.testing.assert_close(plain.last, bench.at("plain").state()["network"])
 
 
 def test_optimiser_descends_at_the_rate_of_the_schedule(bench: Bench) -> None:
-    history = bench.fit(validate=None, checkpoint_every=1).history
-    train = bench.recipe().train
-    assert [row["learning_rate"] for row in history] == [learning_rate_at(n, train) for n in range(1, 13)]
-    state = load_state(bench.state)
-    assert state is not None
-    assert state["optimizer"]["param_groups"][0]["lr"] == history[-1]["learning_rate"]
+    curve, train = _curve(bench.fit(validate_every=1)), bench.recipe().train
+    assert [row["learning_rate"] for row in curve] == [learning_rate_at(n, train) for n in range(1, 13)]
+    assert bench.state()["optimizer"]["param_groups"][0]["lr"] == curve[-1]["learning_rate"]
 
 
 def _break_at(call: int, how: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., LossTerms]:
@@ -269,12 +273,15 @@ def _break_at(call: int, how: Callable[[Tensor, Tensor], Tensor]) -> Callable[..
 def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, how: Any, step: int
 ) -> None:
-    whole = bench.at("whole.pt").fit()
-    monkeypatch.setattr("synmlops.learning.loop.compute_loss", _break_at(step, how))
+    whole = bench.at("whole").fit()
+    monkeypatch.setattr("synmlops.learning.trainer.compute_loss", _break_at(step, how))
     watcher = Watcher()
-    with pytest.raises(SynmlopsError, match=r"stopped being finite at step 8; lower train.learning_rate"):
+    with pytest.raises(
+        SynmlopsError, match=rf"finite at step {step} .*train at .*lower train.learn"
+    ) as caught:
         bench.fit(observer=watcher)
     assert watcher.saves == [4]
+    assert watcher.alarms == [(step, str(caught.value))]
     monkeypatch.undo()
     assert _same(bench.fit().last, whole.last)  # from the good checkpoint
 
@@ -308,7 +315,7 @@ def test_batch_norm_resumes_too(bench: Bench) -> None:
     """Running statistics and their counters are part of the state and of the average."""
     network = bench.project.params.network.model_copy(update={"norm": "batch"})
     recipe = replace(bench.recipe(), network=network)
-    whole = bench.at("whole.pt").fit(recipe=recipe)
+    whole = bench.at("whole").fit(recipe=recipe)
     with pytest.raises(Interrupted):
         bench.fit(recipe=recipe, observer=Watcher(stop_saved=4))
     resumed = bench.fit(recipe=recipe)
@@ -316,12 +323,11 @@ def test_batch_norm_resumes_too(bench: Bench) -> None:
     assert int(resumed.last["down_blocks.0.0.norm1.num_batches_tracked"]) == 12
 
 
-@pytest.mark.parametrize("missing", ["network", "optimizer", "averaged", "progress"])
+@pytest.mark.parametrize("missing", ["network", "optimizer", "averaged", "progress", "collapse"])
 def test_checkpoint_of_another_version(bench: Bench, missing: str) -> None:
     bench.fit(steps=2)
-    state = load_state(bench.state)
-    assert state is not None
+    state = bench.state()
     del state[missing]
-    save_state(bench.state, state)
-    with pytest.raises(SynmlopsError, match=r"state.pt: a checkpoint of another version .*delete it"):
+    save_state(States(bench.states).paths()[0], state)
+    with pytest.raises(SynmlopsError, match=r"states: a checkpoint of another version .*delete it"):
         bench.fit()

@@ -1,6 +1,7 @@
 """Models and resume checkpoints on disk: no pickle is executed, and a file appears only when complete."""
 
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -89,10 +90,17 @@ def read_meta(path: Path) -> ModelMeta:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a resume checkpoint: nested dicts of tensors and plain values."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a resume checkpoint: nested dicts of tensors and plain values.
+
+    Raises
+    ------
+    SynmlopsError
+        If the disk is full or the place cannot be written; what was at `path` is as it was.
+    """
+    content = BytesIO()  # torch's own writer does not say that the disk is full
+    torch.save(state, content)
     with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_state(path: Path) -> dict[str, Any] | None:

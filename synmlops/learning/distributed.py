@@ -1,10 +1,10 @@
 """One process or several: who this process is, what it adds up with the others, and how they are started."""
 
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from synmlops.learning.launch import is_worker, restarts_so_far
+from synmlops.learning.watch import Watch, open_watch
 from synmlops.params import SynmlopsError
 from synmlops.progress import say
 
@@ -26,6 +27,7 @@ class Ranks:
     rank: int
     n_ranks: int
     device: torch.device
+    watch: Watch | None = field(default=None, compare=False)  # where there are several
 
     @property
     def is_first(self) -> bool:
@@ -38,6 +40,54 @@ class Ranks:
             value = value.clone()
             dist.all_reduce(value)
         return value
+
+    def highest(self, value: Tensor) -> Tensor:
+        """Give the highest value over all ranks, element by element."""
+        if self.n_ranks > 1:
+            value = value.clone()
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return value
+
+    def together(self) -> AbstractContextManager[None]:
+        """Let the first error of any rank be the error of all, raised on rank 0."""
+        return nullcontext() if self.watch is None else self.watch.together()
+
+    def at_step(self, step: int) -> None:
+        """Say how far this rank is, for the note that a crash leaves."""
+        if self.watch is not None:
+            self.watch.step = step
+
+    def when_ended(self, tell: Callable[[str], None]) -> None:
+        """Have `tell` called with the reason if this rank must be ended where no exception reaches it."""
+        if self.watch is not None:
+            self.watch.at_the_end = tell
+
+    def agree(self, facts: Mapping[str, object]) -> None:
+        """Refuse to go on unless all ranks hold the same facts.
+
+        Parameters
+        ----------
+        facts : mapping
+            Name to value: params by their dotted names, digests of data and code.
+
+        Raises
+        ------
+        SynmlopsError
+            On rank 0, with the names and values that differ.
+        """
+        if self.watch is None:
+            return
+        everyone: list[tuple[str, dict[str, object]]] = [("", {})] * self.n_ranks
+        dist.all_gather_object(everyone, (socket.gethostname(), dict(facts)))
+        first_host, first = everyone[0]
+        for rank, (host, other) in enumerate(everyone):
+            if other != first:
+                if not self.is_first:
+                    self.watch.wait_for_reason(60)  # rank 0 says it
+                raise SynmlopsError(
+                    f"process {rank} on {host} disagrees with process 0 on {first_host}: "
+                    f"{name_differences(other, first)}; give all nodes the same params, data and version"
+                )
 
     def from_first(self, value: object) -> object:
         """Give every rank what rank 0 holds."""
@@ -79,35 +129,61 @@ def pick_device(gpus: int | None = None) -> torch.device:
 
 @contextmanager
 def joined_ranks(gpus: int | None = None) -> Iterator[Ranks]:
-    """Join the group that the environment names, or stand alone; leave it at the end."""
+    """Join the group that the environment names, or stand alone; leave it at the end.
+
+    Whatever goes wrong from here on in one process ends all of them within seconds.
+    """
     if not is_worker():
         yield Ranks(rank=0, n_ranks=1, device=pick_device(gpus))
         return
     rank, n_ranks, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    on_gpu = check_gpus(gpus) > 0
-    if on_gpu and local >= count_gpus():
+    prefix = f"start_{restarts_so_far()}"  # torch shares the store between restarts, with what the dead wrote
+    store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    with open_watch(rank=rank, n_ranks=n_ranks, prefix=prefix) as watch, watch.together():
+        device = device_of(local, gpus)
+        if rank == 0 and (n := restarts_so_far()):
+            most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", n)
+            say([f"a process died; restart {n} of {most} goes on from the last checkpoint"])
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(prefix, store),  # type: ignore[attr-defined]
+            rank=rank,
+            world_size=n_ranks,
+            timeout=PATIENCE,
+        )
+        yield Ranks(rank, n_ranks, device, watch)
+        dist.barrier()
+    dist.destroy_process_group()  # after an error the process ends, and waiting for the others is no use
+
+
+def name_differences(one: Mapping[str, object], other: Mapping[str, object], *, most: int = 5) -> str:
+    """Say which keys differ, with the values of both.
+
+    Examples
+    --------
+    >>> name_differences({"seed": 1, "a": 2}, {"seed": 3, "a": 2})
+    'seed is 1, not 3'
+    """
+    keys = [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
+    parts = [f"{key} is {one.get(key, 'missing')}, not {other.get(key, 'missing')}" for key in keys[:most]]
+    return ", ".join(parts) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def device_of(local: int, gpus: int | None) -> torch.device:
+    """Give a worker the device of its own.
+
+    Raises
+    ------
+    SynmlopsError
+        If this machine has no GPU for it.
+    """
+    if check_gpus(gpus) == 0:
+        return torch.device("cpu")
+    if local >= count_gpus():
         raise SynmlopsError(
             f"process {local} wants a GPU of its own, this machine has {count_gpus()}; start fewer, or use "
             "--gpus 0"
         )
-    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    if rank == 0 and (n := restarts_so_far()):
-        most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", n)
-        say([f"a process died; restart {n} of {most} goes on from the last checkpoint"])
-    store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        # torch shares the store between restarts, and it still holds the addresses of the dead
-        store=dist.PrefixStore(f"start_{restarts_so_far()}", store),  # type: ignore[attr-defined]
-        rank=rank,
-        world_size=n_ranks,
-        timeout=PATIENCE,
-    )
-    try:
-        yield Ranks(rank, n_ranks, device)
-    finally:
-        if sys.exc_info()[0] is None:
-            dist.barrier()
-        dist.destroy_process_group()
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device

@@ -1,70 +1,29 @@
 """The training loop: draw, augment, forward, descend; validate, and keep a checkpoint to go on from."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from synmlops.learning.augment import augment
-from synmlops.learning.checkpoint import Model, ModelMeta, load_state, save_state
+from synmlops.learning.checkpoint import Model, ModelMeta
 from synmlops.learning.distributed import Ranks
-from synmlops.learning.losses import LossTerms, compute_loss
-from synmlops.learning.networks.registry import build_network
-from synmlops.learning.predict import autocast
+from synmlops.learning.memory import fits
+from synmlops.learning.optim import learning_rate_at
 from synmlops.learning.sampling import LabelledRegion, PatchSampler
-from synmlops.learning.targets import targets_of
-from synmlops.params import (
-    AugmentParams,
-    LossParams,
-    NetworkParams,
-    SamplingParams,
-    SynmlopsError,
-    TrainParams,
-)
+from synmlops.learning.states import States
+from synmlops.learning.stopping import Stopping
+from synmlops.learning.trainer import Observer, Recipe, Row, Trainer
+from synmlops.progress import say
+
+__all__ = ["LOG_EVERY", "Fitted", "Observer", "Recipe", "Row", "fit", "learning_rate_at"]
 
 LOG_EVERY = 10
-"""Steps between two points of the loss curve, a checkpoint adding one; each is the mean since the last."""
-
-Row = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything in params.yaml that training depends on."""
-
-    network: NetworkParams
-    sampling: SamplingParams
-    augment: AugmentParams
-    loss: LossParams
-    train: TrainParams
-    seed: int
-
-
-class Observer(Protocol):
-    """Who is told how training goes; only on rank 0."""
-
-    def logged(self, step: int, row: Row) -> None:
-        """Hear of a point of a curve."""
-
-    def saved(self, step: int) -> None:
-        """Hear that everything up to this step will survive a crash."""
-
-
-@dataclass
-class Progress:
-    """What a checkpoint holds beside weights and optimiser."""
-
-    step: int = 0
-    best_step: int = 0
-    best_score: float | None = None
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
-    history: list[Row] = field(default_factory=list)
+"""Steps between two points of the loss curve, a validation adding one; each is the mean since the last."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +33,7 @@ class Fitted:
     best: dict[str, Tensor]  # averaged weights of the best validation score; the last ones without validation
     last: dict[str, Tensor]
     best_step: int
+    last_step: int
     best_score: float | None
     history: list[Row]
 
@@ -84,11 +44,14 @@ def fit(
     *,
     meta: ModelMeta,
     ranks: Ranks,
-    state_path: Path,
+    states: Path,
     validate: Callable[[Model], float] | None,
     observer: Observer,
+    origin: dict[str, Any] | None = None,
 ) -> Fitted:
-    """Train a network, going on from `state_path` if it holds a checkpoint.
+    """Train a network, going on from the newest checkpoint in `states` if there is one.
+
+    SIGTERM ends the process once the step is finished and saved, on all ranks at the same step.
 
     Parameters
     ----------
@@ -99,208 +62,101 @@ def fit(
         Network, channels and intensity statistics of the model to be.
     ranks : Ranks
         Each takes its share of the global batch; the result does not depend on how many there are.
-    state_path : Path
-        Resume checkpoint, written every `checkpoint_every` steps by rank 0.
+    states : Path
+        Folder of resume checkpoints, written every `checkpoint_every` steps by rank 0.
     validate : callable, optional
         Gives the score of a model, higher is better. Called on rank 0 every `validate_every` steps and at
         the end.
     observer : Observer
+    origin : dict, optional
+        Kept in each checkpoint, to tell whose it is: plain values alone.
 
     Raises
     ------
     SynmlopsError
-        If the batch cannot be shared by the ranks, or the loss stops being finite.
+        If the batch cannot be shared by the ranks, the loss stops being finite, or memory does not suffice.
+    SystemExit
+        After SIGTERM.
     """
-    trainer = _Trainer(recipe, meta=meta, ranks=ranks)
-    trainer.restore(state_path)
-    sampler = PatchSampler(regions, params=recipe.sampling, seed=recipe.seed)
+    trainer, kept = Trainer(recipe, meta=meta, ranks=ranks), States(states)
+    trainer.restore(kept)
     train, progress = recipe.train, trainer.progress
-    sums: dict[str, Tensor] = {}
-    n_summed = 0
-    while progress.step < train.steps:
-        step = progress.step = progress.step + 1
-        loss = trainer.descend(_share_of_batch(sampler, recipe.sampling.batch_size, step, ranks))
-        for name, value in {"loss": loss.total.detach(), **loss.terms}.items():
-            sums[name] = sums.get(name, torch.zeros((), device=ranks.device)) + value
-        n_summed += 1
-        is_last = step == train.steps
-        is_saved = step % train.checkpoint_every == 0 or is_last
-        if step % LOG_EVERY == 0 or is_saved:  # a checkpoint leaves no sum behind, and is known to be finite
-            row = {name: float(ranks.sum(total)) / ranks.n_ranks / n_summed for name, total in sums.items()}
-            sums, n_summed = {}, 0
-            _check_finite(row, step)
-            trainer.note(row | {"learning_rate": trainer.learning_rate}, observer)
-        if validate is not None and (step % train.validate_every == 0 or is_last):
-            trainer.validate(validate, observer)
-        if is_saved:
-            trainer.save(state_path, observer)
+    with closing(_Feed(recipe, regions, meta=meta, ranks=ranks)) as feed, Stopping() as stopping:
+        while progress.step < train.steps and not progress.stopped:
+            step = progress.step = progress.step + 1
+            ranks.at_step(step)
+            if not fits(lambda step=step: trainer.descend(feed.batch(step))):  # type: ignore[misc]
+                raise trainer.out_of_memory()
+            is_last = step == train.steps
+            is_validated = validate is not None and (step % train.validate_every == 0 or is_last)
+            is_logged = step % LOG_EVERY == 0 or is_validated or is_last
+            is_left = _all_leave(stopping, ranks, may_ask=is_logged)
+            if is_logged or is_left or step % train.checkpoint_every == 0:
+                trainer.check_finite(feed.describe, observer)  # before a checkpoint can keep broken weights
+            if is_logged:
+                trainer.log(observer)
+            if validate is not None and is_validated:
+                with stopping.at_once():
+                    trainer.validate(validate, observer)
+            if is_last or is_left or progress.stopped or step % train.checkpoint_every == 0:
+                trainer.save(kept, origin or {}, observer)
+            if is_left and not is_last:
+                if ranks.is_first:
+                    say([f"asked to end; step {step} is saved, and the same command goes on from there"])
+                stopping.leave()
     last = trainer.averaged
     return Fitted(
         best=progress.best_weights or last,
         last=last,
         best_step=progress.best_step or progress.step,
+        last_step=progress.step,
         best_score=progress.best_score,
         history=progress.history,
     )
 
 
-class _Trainer:
-    """Network, optimiser, averaged weights and progress: what a checkpoint holds."""
+def _all_leave(stopping: Stopping, ranks: Ranks, *, may_ask: bool) -> bool:
+    """Whether any rank was asked to end, as all ranks see it at the same step.
 
-    def __init__(self, recipe: Recipe, *, meta: ModelMeta, ranks: Ranks) -> None:
-        self.recipe, self.meta, self.ranks = recipe, meta, ranks
-        if recipe.sampling.batch_size % ranks.n_ranks:
-            raise SynmlopsError(
-                f"sampling.batch_size: {recipe.sampling.batch_size} cannot be shared by {ranks.n_ranks} "
-                f"processes; use a multiple of {ranks.n_ranks}"
-            )
-        torch.manual_seed(recipe.seed)
-        self.network = self._for_ranks(build_network(recipe.network))
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            lr=recipe.train.learning_rate,
-            weight_decay=recipe.train.weight_decay,
-            fused=True,
-        )
-        self.averaged = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
-        self.progress = Progress()
-        self.wrapped: nn.Module = self.network
-        if ranks.n_ranks > 1:
-            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(self.network, device_ids=ids)
-
-    @property
-    def learning_rate(self) -> float:
-        return learning_rate_at(self.progress.step, self.recipe.train)
-
-    def descend(self, batch: "_Batch") -> LossTerms:
-        """Take one optimiser step on this rank's share of the batch; the terms hold the gradient norm too."""
-        recipe, ranks = self.recipe, self.ranks
-        image = (batch.image.to(ranks.device).float() - self.meta.mean) / self.meta.std
-        sides = batch.sides.to(ranks.device)
-        image, sides = augment(image, sides, rngs=batch.rngs, params=recipe.augment)
-        targets, valid = targets_of(sides, batch.known.to(ranks.device))
-        self.network.train()
-        with autocast(ranks.device, recipe.train.precision):
-            logits = self.wrapped(image[:, None])
-        loss = compute_loss(
-            logits, targets, valid, params=recipe.loss, sum_over_ranks=ranks.sum, n_ranks=ranks.n_ranks
-        )
-        self.optimizer.zero_grad()
-        loss.total.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.train.gradient_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        self.optimizer.step()
-        self._average()
-        return replace(loss, terms={**loss.terms, "gradient_norm": norm})
-
-    def note(self, row: Row, observer: Observer) -> None:
-        """Keep a point of the curves and tell the observer."""
-        self.progress.history.append({"step": float(self.progress.step), **row})
-        if self.ranks.is_first:
-            observer.logged(self.progress.step, row)
-
-    def validate(self, score_of: Callable[[Model], float], observer: Observer) -> None:
-        """Score the averaged weights on rank 0 and keep them if they are the best so far."""
-        progress = self.progress
-        score = 0.0
-        if self.ranks.is_first:
-            network = build_network(self.recipe.network)
-            network.load_state_dict(self.averaged)
-            score = score_of(Model(network.to(self.ranks.device).eval(), self.meta))
-        score = float(self.ranks.from_first(score))  # type: ignore[arg-type]
-        self.note({"validation_f1": score}, observer)
-        if progress.best_score is None or score > progress.best_score:
-            progress.best_score, progress.best_step = score, progress.step
-            progress.best_weights = {name: value.clone() for name, value in self.averaged.items()}
-
-    def save(self, path: Path, observer: Observer) -> None:
-        """Write a checkpoint on rank 0; the others need none, since all hold the same."""
-        if self.ranks.is_first:
-            state = {
-                "network": self.network.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "averaged": self.averaged,
-                "progress": vars(self.progress),
-            }
-            save_state(path, state)
-            observer.saved(self.progress.step)
-
-    def restore(self, path: Path) -> None:
-        """Go on from a checkpoint, if there is one. Samples and noise need no state: the step seeds them."""
-        state = load_state(path)
-        if state is None:
-            return
-        try:
-            self.network.load_state_dict(state["network"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.averaged = {name: value.to(self.ranks.device) for name, value in state["averaged"].items()}
-            self.progress = Progress(**state["progress"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise SynmlopsError(
-                f"{path}: a checkpoint of another version of synmlops ({error}); delete it to start over"
-            ) from error
-
-    def _average(self) -> None:
-        step = self.progress.step
-        decay = min(self.recipe.train.ema, (1 + step) / (10 + step))  # early weights fade sooner
-        for name, value in self.network.state_dict().items():
-            if value.is_floating_point():
-                self.averaged[name].lerp_(value, 1 - decay)
-            else:
-                self.averaged[name].copy_(value)
-
-    def _for_ranks(self, network: nn.Module) -> nn.Module:
-        ranks = self.ranks
-        if ranks.n_ranks > 1 and self.recipe.network.norm == "batch":
-            if ranks.device.type != "cuda":
-                raise SynmlopsError(
-                    "network.norm: batch norm over several CPU processes would see a part of the batch each; "
-                    "use group, or one process"
-                )
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
-        return network.to(ranks.device)
+    GPUs are asked only where the host reads from them anyway.
+    """
+    if ranks.n_ranks == 1:
+        return stopping.asked
+    if ranks.device.type == "cuda" and not may_ask:
+        return False
+    asked = torch.tensor(float(stopping.asked), device=ranks.device)
+    return bool(ranks.highest(asked) > 0)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    image: Tensor  # (n, z, y, x)
+    image: Tensor
     sides: Tensor
-    known: Tensor  # (n, 3)
-    rngs: list[np.random.Generator]
+    known: Tensor
 
 
-def learning_rate_at(step: int, train: TrainParams) -> float:
-    """Warm up linearly, then fall along a cosine to zero after the last step.
+class _Feed:
+    def __init__(
+        self, recipe: Recipe, regions: Sequence[LabelledRegion], *, meta: ModelMeta, ranks: Ranks
+    ) -> None:
+        self._recipe, self._meta, self._ranks = recipe, meta, ranks
+        self._sampler = PatchSampler(regions, params=recipe.sampling, seed=recipe.seed)
 
-    Examples
-    --------
-    >>> train = TrainParams(steps=100, warmup_steps=10, learning_rate=1.0)
-    >>> [round(learning_rate_at(step, train), 3) for step in (1, 10, 55, 100)]
-    [0.1, 1.0, 0.5, 0.0]
-    """
-    if step < train.warmup_steps:
-        return train.learning_rate * step / train.warmup_steps
-    share = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
-    return train.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def _share_of_batch(sampler: PatchSampler, batch_size: int, step: int, ranks: Ranks) -> _Batch:
-    patches = [sampler.draw(step, index) for index in range(ranks.rank, batch_size, ranks.n_ranks)]
-    return _Batch(
-        image=torch.from_numpy(np.stack([patch.image for patch in patches])),
-        sides=torch.from_numpy(np.stack([patch.sides for patch in patches])),
-        known=torch.tensor([patch.known for patch in patches]),
-        rngs=[patch.rng for patch in patches],
-    )
-
-
-def _check_finite(row: Row, step: int) -> None:
-    """Stop before a checkpoint can keep broken weights; the row is the same on all ranks."""
-    broken = [name for name, value in row.items() if not math.isfinite(value)]
-    if broken:
-        raise SynmlopsError(
-            f"training: {', '.join(broken)} stopped being finite at step {step}; lower train.learning_rate "
-            "or train.gradient_clip, or set train.precision: float32"
+    def batch(self, step: int) -> _Batch:
+        ranks, meta = self._ranks, self._meta
+        indices = range(ranks.rank, self._recipe.sampling.batch_size, ranks.n_ranks)
+        draws = [self._sampler.draw(step, index) for index in indices]
+        image = np.stack([draw.region.volume.image[draw.box.slices] for draw in draws])
+        sides = np.stack([draw.region.volume.sides[draw.box.slices] for draw in draws])
+        return _Batch(
+            (torch.from_numpy(image).to(ranks.device).float() - meta.mean) / meta.std,
+            torch.from_numpy(sides).to(ranks.device),
+            torch.tensor([draw.region.known for draw in draws], device=ranks.device),
         )
+
+    def describe(self, step: int) -> list[str]:
+        draws = [self._sampler.draw(step, index) for index in range(self._recipe.sampling.batch_size)]
+        return [f"{draw.region.volume.name} at {draw.box.start_zyx}" for draw in draws]
+
+    def close(self) -> None:
+        pass

@@ -2,31 +2,39 @@
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from pydantic import BaseModel
 
 from synmlops.layout import RUN_FILE, WHOLE, model_file
 from synmlops.learning.checkpoint import Model, ModelMeta, save_model
 from synmlops.learning.distributed import Ranks, joined_ranks
+from synmlops.learning.launch import restarts_so_far
 from synmlops.learning.loop import Fitted, Observer, Recipe, Row, fit
 from synmlops.learning.predict import predict
+from synmlops.learning.resume import KEY_FILE, Facts, adopt, digest_of, facts_of
 from synmlops.learning.sampling import LabelledRegion
+from synmlops.learning.states import States
 from synmlops.params import CHANNELS, InferParams, Params, SynmlopsError, sections
 from synmlops.progress import Report, say, track
 from synmlops.synapses.voxels import Histogram, add_by_key, voxel_histograms
 from synmlops.tracking.lineage import project_root
 from synmlops.tracking.recorder import Context
-from synmlops.tracking.runs import RunRecord, StageRun
-from synmlops.volumes.files import atomic_path
+from synmlops.tracking.runs import Ended, Nested, RunRecord, StageRun
+from synmlops.volumes.files import atomic_path, plain_write_errors
 from synmlops.volumes.prepared import Fold, Manifest, Region, read_manifest
 
 SECTIONS = ("seed", "data", "network", "sampling", "augment", "loss", "train")
 """What train depends on and logs."""
+
+
+NEUTRAL = ("train.checkpoint_every",)
+"""Params that change no weight and no curve: a training goes on though they changed."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +44,23 @@ class _Training:
     params: Params
     recipe: Recipe
     manifest: Manifest
+    facts: Facts  # what decides the outcome
     states: Path  # folder of the resume checkpoints
 
 
-def run(params: Params, *, prepared: Path, out: Path, gpus: int | None = None) -> RunRecord | None:
+def run(
+    params: Params,
+    *,
+    prepared: Path,
+    out: Path,
+    gpus: int | None = None,
+    resume: Path | None = None,
+    watch: Callable[[int, float], None] | None = None,
+    nested: Nested | None = None,
+) -> RunRecord | None:
     """Train one model per fold and write them when all are done.
+
+    A training that was ended before goes on from its newest checkpoint, as the same run.
 
     Parameters
     ----------
@@ -52,41 +72,143 @@ def run(params: Params, *, prepared: Path, out: Path, gpus: int | None = None) -
         `run.json`.
     gpus : int, optional
         0 trains on the CPU. By default a GPU is used where there is one.
+    resume : Path, optional
+        A checkpoint, or its folder, to go on from.
+    watch : callable, optional
+        Hears of (step, validation F1) on rank 0, and may raise to end the training; `Ended` ends it for
+        good, so that nothing is kept to go on from.
+    nested : Nested, optional
+        The run that this one lies below.
 
     Returns
     -------
     record : RunRecord or None
         The run that was written into; None on all ranks but the first.
+
+    Raises
+    ------
+    SynmlopsError
+        If params, data and machine do not allow this training, or `resume` is of another one.
     """
-    manifest, recipe = read_manifest(prepared), _recipe_of(params)
-    states = project_root() / ".synmlops" / "checkpoints" / _digest(recipe, prepared)
-    training = _Training(params, recipe, manifest, states)
     with joined_ranks(gpus) as ranks:
-        if ranks.is_first:
-            return _train_as_first(training, ranks, out=out)
-        for fold in manifest.folds:
-            _fit_fold(training, fold, ranks=ranks, observer=_Silent())
-        return None
+        return run_as(ranks, params, prepared=prepared, out=out, resume=resume, watch=watch, nested=nested)
 
 
-def _train_as_first(training: _Training, ranks: Ranks, *, out: Path) -> RunRecord:
+def run_as(
+    ranks: Ranks,
+    params: Params,
+    *,
+    prepared: Path,
+    out: Path,
+    resume: Path | None = None,
+    watch: Callable[[int, float], None] | None = None,
+    nested: Nested | None = None,
+) -> RunRecord | None:
+    """Do what `run` does as one of `ranks` that have met already."""
+    manifest, recipe = read_manifest(prepared), _recipe_of(params)
+    facts = _facts_of(params, manifest)
+    states = project_root() / ".synmlops" / "checkpoints" / digest_of(facts)
+    training = _Training(params, recipe, manifest, facts, states)
+    ranks.agree(facts)
+    if ranks.is_first:
+        if resume is not None and not restarts_so_far():  # a group started again has gone further by itself
+            adopt(resume, folder=states, facts=facts, folds=[fold.name for fold in manifest.folds])
+        return _train_as_first(training, ranks, out=out, watch=watch, nested=nested)
+    for fold in manifest.folds:
+        _fit_fold(training, fold, ranks=ranks, observer=_Silent(), run_key="")
+    return None
+
+
+def _train_as_first(
+    training: _Training,
+    ranks: Ranks,
+    *,
+    out: Path,
+    watch: Callable[[int, float], None] | None,
+    nested: Nested | None,
+) -> RunRecord:
     """Train on the rank that writes files and talks to MLflow."""
     params, folds = training.params, training.manifest.folds
-    key_file = training.states / "key"
+    key_file = training.states / KEY_FILE
     key = key_file.read_text() if key_file.exists() else None
-    with StageRun.start(params=sections(params, *SECTIONS), data=training.manifest.digests, key=key) as run:
-        training.states.mkdir(parents=True, exist_ok=True)
-        key_file.write_text(run.record.key)
+    with (
+        _kept_until_over(training.states),
+        StageRun.start(
+            params=sections(params, *SECTIONS),
+            data=training.manifest.digests,
+            key=key,
+            from_step=_steps_done(training) if key else None,
+            nested=nested,
+        ) as run,
+        ranks.together(),
+    ):
+        ranks.when_ended(lambda reason: _end_as_failed(run, reason))
+        with plain_write_errors(key_file):
+            training.states.mkdir(parents=True, exist_ok=True)
+            key_file.write_text(run.record.key)
         _log_volumes(run, training.manifest)
         with track("train", params.train.steps * len(folds)) as report:
             outcomes = {}
             for n, fold in enumerate(folds):
-                observer = _Observer(run, report, fold=fold.name, before=n * params.train.steps)
-                outcomes[fold.name] = _fit_fold(training, fold, ranks=ranks, observer=observer)
+                observer = _Observer(
+                    run,
+                    report,
+                    fold=fold.name,
+                    before=n * params.train.steps,
+                    batch_size=params.sampling.batch_size,
+                    watch=watch,
+                )
+                outcomes[fold.name] = _fit_fold(
+                    training, fold, ranks=ranks, observer=observer, run_key=run.record.key
+                )
         _write(out, outcomes, training=training, run=run)
-    shutil.rmtree(training.states)
     say(run.notes)
     return run.record
+
+
+@contextmanager
+def _kept_until_over(states: Path) -> Iterator[None]:
+    """Remove the checkpoints once nothing will go on from them."""
+    try:
+        yield
+    except Ended:
+        shutil.rmtree(states)
+        raise
+    shutil.rmtree(states)
+
+
+def _end_as_failed(run: StageRun, reason: str) -> None:
+    run.finish("FAILED", reason, seconds=5.0)
+
+
+def _facts_of(params: Params, manifest: Manifest) -> Facts:
+    """Give all that decides the outcome, by dotted names: params, and what prepare made of the data."""
+    values: dict[str, object] = {
+        name: value
+        for name, value in sections(params, *SECTIONS).items()
+        if name not in NEUTRAL and not name.startswith("data.")
+    }
+    values |= {f"data.{name}": digest for name, digest in manifest.digests.items()}
+    for name, volume in manifest.volumes.items():
+        values[f"data.{name}.shape_zyx"] = volume.shape_zyx
+        values[f"data.{name}.voxel_nm"] = volume.grid.voxel_nm
+        values[f"data.{name}.label_kind"] = volume.kind
+    values |= {"data.mean": manifest.mean, "data.std": manifest.std}
+    for fold in manifest.folds:
+        for role in ("train", "validation"):
+            boxes = [(region.volume, region.box.slices) for region in getattr(fold, role)]
+            values[f"data.fold_{fold.name}.{role}"] = hashlib.sha256(str(boxes).encode()).hexdigest()[:16]
+    return facts_of(values)
+
+
+def _steps_done(training: _Training) -> int:
+    """Count the steps of all folds that the checkpoints cover."""
+    done = 0
+    for n, fold in enumerate(training.manifest.folds):
+        state = States(training.states / fold.name).load()
+        if state is not None:
+            done = n * training.params.train.steps + state["progress"]["step"]
+    return done
 
 
 def _log_volumes(run: StageRun, manifest: Manifest) -> None:
@@ -127,15 +249,8 @@ def _recipe_of(params: Params) -> Recipe:
     )
 
 
-def _digest(recipe: Recipe, prepared: Path) -> str:
-    """Name a training by all that decides its outcome, so that a resume finds its own checkpoint."""
-    parts = [part.model_dump_json() for part in vars(recipe).values() if isinstance(part, BaseModel)]
-    text = "\n".join([*parts, str(recipe.seed), (prepared / "manifest.json").read_text()])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def _fit_fold(
-    training: _Training, fold: Fold, *, ranks: Ranks, observer: Observer
+    training: _Training, fold: Fold, *, ranks: Ranks, observer: Observer, run_key: str
 ) -> tuple[Fitted, ModelMeta]:
     params, manifest = training.params, training.manifest
     regions = train_regions(fold, manifest, patch_zyx=params.sampling.patch_zyx)
@@ -158,9 +273,10 @@ def _fit_fold(
         regions,
         meta=meta,
         ranks=ranks,
-        state_path=training.states / f"{fold.name}.pt",
+        states=training.states / fold.name,
         validate=partial(_validation_f1, truths=truths, params=params.train.validation) if truths else None,
         observer=observer,
+        origin={"facts": training.facts, "fold": fold.name, "run": run_key},
     )
     return fitted, meta
 
@@ -214,7 +330,7 @@ def _write(
     for fold, (fitted, meta) in outcomes.items():
         meta = meta.model_copy(update={"run_key": run.record.key})
         best = meta.model_copy(update={"step": fitted.best_step, "score": fitted.best_score})
-        last = meta.model_copy(update={"step": training.params.train.steps})
+        last = meta.model_copy(update={"step": fitted.last_step})
         save_model(out / model_file(fold), fitted.best, best)
         save_model(out / model_file(fold, "last"), fitted.last, last)
         for which in ("model", "last"):
@@ -237,6 +353,9 @@ class _Silent:
     def saved(self, step: int) -> None:
         pass
 
+    def alarm(self, step: int, message: str) -> None:
+        pass
+
 
 @dataclass
 class _Observer:
@@ -246,15 +365,40 @@ class _Observer:
     report: Report
     fold: str
     before: int  # steps of the folds before
+    batch_size: int
+    watch: Callable[[int, float], None] | None = None
     note: str = ""
+    _since: tuple[int, float] | None = None  # step and time of the loss curve's last point
 
     def logged(self, step: int, row: Row) -> None:
         prefix = "" if self.fold == WHOLE else f"fold_{self.fold}/"
+        row = row | (self._speed(step) if "loss" in row else {})
         self.run.log_metrics({prefix + name: value for name, value in row.items()}, step=self.before + step)
         if "validation_f1" in row:
             self.note = f"validation F1 {row['validation_f1']:.3f}"
-        loss = f"loss {row['loss']:.3f}" if "loss" in row else ""
-        self.report(self.before + step, f"{loss} {self.note}".strip())
+            if self._since is not None:
+                self._since = step, time.monotonic()  # validation is no part of the speed
+        parts = (
+            f"loss {row['loss']:.3f}" if "loss" in row else "",
+            f"{row['patches_per_s']:.1f} patches/s" if "patches_per_s" in row else "",
+            self.note,
+        )
+        self.report(self.before + step, " ".join(part for part in parts if part))
+        if self.watch is not None and "validation_f1" in row:
+            self.watch(self.before + step, row["validation_f1"])
 
     def saved(self, step: int) -> None:
         self.run.commit(self.before + step)
+
+    def alarm(self, step: int, message: str) -> None:
+        where = message if self.fold == WHOLE else f"fold {self.fold}: {message}"
+        self.run.set_tags({"synmlops.alarm": where})
+        say([where])
+
+    def _speed(self, step: int) -> Row:
+        """Give patches per second since the last point; in MLflow alone, since it is never twice the same."""
+        before, now = self._since, time.monotonic()
+        self._since = step, now
+        if before is None or step == before[0]:
+            return {}
+        return {"patches_per_s": (step - before[0]) * self.batch_size / (now - before[1])}

@@ -1,0 +1,219 @@
+"""How processes that train together hear of each other's end, however one of them ends.
+
+Torch's launcher sees only the processes of its own machine, and a process that waits in a collective for one
+that will never come waits for ever. So each has a thread that looks into the group's store: for the reason
+that one of them stopped, and for a sign of life from each other.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Literal
+
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from synmlops.learning.launch import leave_crash, tell_launcher
+from synmlops.params import SynmlopsError
+
+POLL_S = 0.5
+GRACE_S = 5.0
+"""Seconds in which a process that was told of another's end should leave by itself."""
+SILENCE_S = 30.0
+"""Seconds without a sign of life after which a process counts as lost."""
+_REASON, _HEARD = "reason", "heard"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a process stopped."""
+
+    rank: int
+    host: str
+    kind: Literal["mendable", "crash", "ended"]  # ended: by a signal
+    text: str
+
+    @property
+    def exit_code(self) -> int:
+        """What the other processes leave with."""
+        return 2 if self.kind == "mendable" else 1
+
+    def as_error(self) -> Exception:
+        """Give what rank 0 raises for a process that stopped."""
+        text = f"process {self.rank} on {self.host}: {self.text}"
+        if self.kind == "mendable":  # on this machine the user knows what it is about
+            return SynmlopsError(self.text if self.host == socket.gethostname() else text)
+        return RuntimeError(text)
+
+
+class Watch:
+    """The thread of one process, and what it says to the others.
+
+    Parameters
+    ----------
+    store : Store
+        A connection of the watch's own, since one that waits in another thread answers nobody.
+    rank, n_ranks : int
+    """
+
+    def __init__(self, store: Store, *, rank: int, n_ranks: int) -> None:
+        self._store, self._rank, self._n_ranks = store, rank, n_ranks
+        self._left = threading.Event()
+        self._mutex = threading.Lock()  # of the connection
+        self.step = 0  # of training, where this process is
+        self.at_the_end: Callable[[str], None] = lambda reason: None
+        self._thread = threading.Thread(target=self._look, name="synmlops-watch", daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._left.set()
+        self._thread.join(2 * POLL_S)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let the first error of any process be the error of all.
+
+        Rank 0 raises it, whichever process met it. The others leave without a word if it is one that a user
+        can mend, so that it is said once.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self._left.set()
+            reason = self._first_reason(error)
+            if self._rank == 0:
+                self._acknowledge()
+            is_plain = self._rank == 0 and isinstance(error, SynmlopsError)  # all may meet the same at once
+            if reason is None or reason.rank == self._rank or is_plain:
+                self._say_mine(error)
+                raise
+            if self._rank == 0:
+                raise reason.as_error() from None
+            raise SystemExit(reason.exit_code) from None
+
+    def wait_for_reason(self, seconds: float) -> Reason | None:
+        """Wait until some process has said why it stopped."""
+        until = time.monotonic() + seconds
+        while True:
+            reason = self._read()
+            if reason is not None or time.monotonic() > until:
+                return reason
+            time.sleep(0.05)
+
+    def _first_reason(self, error: BaseException) -> Reason | None:
+        """Say why this process stops, unless another was first; None if nobody can be told."""
+        mine = Reason(self._rank, socket.gethostname(), _kind_of(error), _text_of(error))
+        try:
+            with self._mutex:
+                found = self._store.compare_set(_REASON, "", json.dumps(asdict(mine)))
+            return Reason(**json.loads(found))
+        except (RuntimeError, ValueError):  # the store has gone with its process
+            return None
+
+    def _say_mine(self, error: BaseException) -> None:
+        if isinstance(error, SynmlopsError):
+            told = tell_launcher(error)
+            if self._rank and (told or self._wait_heard()):
+                raise SystemExit(2) from None
+        elif isinstance(error, Exception):
+            leave_crash(_text_of(error), step=self.step)
+
+    def _wait_heard(self) -> bool:
+        """Wait until rank 0 has taken over the message."""
+        until = time.monotonic() + GRACE_S + 2
+        while time.monotonic() < until:
+            with self._mutex, suppress(RuntimeError):
+                if self._store.check([_HEARD]):
+                    return True
+            time.sleep(0.05)
+        return False
+
+    def _look(self) -> None:
+        beats: dict[int, tuple[bytes, float]] = {}
+        watched = range(1, self._n_ranks) if self._rank == 0 else (0,)
+        beat = 0
+        while not self._left.wait(POLL_S):
+            try:
+                beat += 1
+                self._set(f"beat_{self._rank}", str(beat))
+                reason = self._read() or self._lost(watched, beats)
+            except RuntimeError:
+                reason = Reason(0, "?", "crash", "the process that keeps the group's store has ended")
+            if reason is not None:
+                self._leave(reason)
+                return
+
+    def _lost(self, watched: range | tuple[int, ...], beats: dict[int, tuple[bytes, float]]) -> Reason | None:
+        now = time.monotonic()
+        for rank in watched:
+            with self._mutex:
+                key = f"beat_{rank}"
+                beat = self._store.get(key) if self._store.check([key]) else b""
+            if rank not in beats or beats[rank][0] != beat:
+                beats[rank] = beat, now
+            elif beat and now - beats[rank][1] > SILENCE_S:
+                return Reason(rank, "another machine", "crash", f"no sign of life for {SILENCE_S:.0f} s")
+        return None
+
+    def _leave(self, reason: Reason) -> None:
+        """End this process, at once if it hangs where no exception reaches it."""
+        if self._rank == 0:
+            self._acknowledge()  # so the other leaves, which ends the wait for it in a collective
+        if reason.rank == self._rank or self._left.wait(GRACE_S):
+            return
+        if self._rank == 0:
+            error = reason.as_error()
+            self.at_the_end(f"{type(error).__name__}: {error}")
+            if not (isinstance(error, SynmlopsError) and tell_launcher(error)):
+                print(f"synmlops: {error}", file=sys.stderr, flush=True)
+        os._exit(reason.exit_code)
+
+    def _acknowledge(self) -> None:
+        """Say that rank 0 will say why all stop."""
+        with suppress(RuntimeError):  # the store may have gone
+            self._set(_HEARD, "")
+
+    def _read(self) -> Reason | None:
+        with self._mutex:
+            if not self._store.check([_REASON]):
+                return None
+            return Reason(**json.loads(self._store.get(_REASON)))
+
+    def _set(self, key: str, value: str) -> None:
+        with self._mutex:
+            self._store.set(key, value)
+
+
+def open_watch(*, rank: int, n_ranks: int, prefix: str) -> Watch:
+    """Connect a watch to the store that torch's environment names, which must be up."""
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=60),
+    )
+    return Watch(PrefixStore(f"{prefix}_watch", store), rank=rank, n_ranks=n_ranks)
+
+
+def _kind_of(error: BaseException) -> Literal["mendable", "crash", "ended"]:
+    if isinstance(error, SynmlopsError):
+        return "mendable"
+    return "crash" if isinstance(error, Exception) else "ended"
+
+
+def _text_of(error: BaseException) -> str:
+    if isinstance(error, SynmlopsError):
+        return str(error)
+    if isinstance(error, Exception):
+        return f"{type(error).__name__}: {error}"
+    return "ended from outside"
