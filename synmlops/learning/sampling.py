@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from synmlops.params import CHANNELS, SamplingParams, SynmlopsError
 from synmlops.volumes.labels import count_in
-from synmlops.volumes.prepared import Box, PreparedVolume
+from synmlops.volumes.prepared import Box, Fold, Manifest, PreparedVolume
 from synmlops.volumes.sites import MIDDLE
 
 _DRAWS_AT_ONCE = 32
@@ -226,6 +226,32 @@ class PatchSampler:
         keys = ["reject_below", "reject_probability"]
         keys += [key for key in ("min_synapses", "min_trusted") if getattr(self.params, key)]
         return " or ".join(f"sampling.{key}" for key in keys)
+
+
+def train_regions(fold: Fold, manifest: Manifest, *, patch_zyx: tuple[int, int, int]) -> list[LabelledRegion]:
+    """Give the training regions of a fold that can hold a patch.
+
+    Raises
+    ------
+    SynmlopsError
+        If a whole volume is smaller than a patch, or no region can hold one.
+    """
+    regions = []
+    for region in fold.train:
+        volume = manifest.volumes[region.volume]
+        if any(n < p for n, p in zip(volume.shape_zyx, patch_zyx, strict=True)):
+            raise SynmlopsError(
+                f"{volume.sources.get('image', volume.path)}: {volume.shape_zyx} voxels are fewer than "
+                f"sampling.patch_zyx {patch_zyx}; lower the patch or leave the volume out"
+            )
+        if all(n >= p for n, p in zip(region.box.shape_zyx, patch_zyx, strict=True)):
+            regions.append(LabelledRegion(volume, region.box))
+    if not regions:
+        raise SynmlopsError(
+            f"fold {fold.name}: no training region holds a patch of {patch_zyx}; lower sampling.patch_zyx or "
+            "data.split.guard"
+        )
+    return regions
 
 
 class _Sites:

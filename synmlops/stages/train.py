@@ -18,9 +18,9 @@ from synmlops.learning.launch import restarts_so_far
 from synmlops.learning.loop import Fitted, Observer, Recipe, Row, fit
 from synmlops.learning.predict import predict
 from synmlops.learning.resume import KEY_FILE, Facts, adopt, digest_of, facts_of
-from synmlops.learning.sampling import LabelledRegion
+from synmlops.learning.sampling import LabelledRegion, train_regions
 from synmlops.learning.states import States
-from synmlops.params import CHANNELS, InferParams, Params, SynmlopsError, sections
+from synmlops.params import CHANNELS, InferParams, Params, sections
 from synmlops.progress import Report, say, track
 from synmlops.synapses.voxels import Histogram, add_by_key, voxel_histograms
 from synmlops.tracking.lineage import project_root
@@ -279,32 +279,6 @@ def _fit_fold(
         origin={"facts": training.facts, "fold": fold.name, "run": run_key},
     )
     return fitted, meta
-
-
-def train_regions(fold: Fold, manifest: Manifest, *, patch_zyx: tuple[int, int, int]) -> list[LabelledRegion]:
-    """Give the training regions of a fold that can hold a patch.
-
-    Raises
-    ------
-    SynmlopsError
-        If a whole volume is smaller than a patch, or no region can hold one.
-    """
-    regions = []
-    for region in fold.train:
-        volume = manifest.volumes[region.volume]
-        if any(n < p for n, p in zip(volume.shape_zyx, patch_zyx, strict=True)):
-            raise SynmlopsError(
-                f"{volume.sources.get('image', volume.path)}: {volume.shape_zyx} voxels are fewer than "
-                f"sampling.patch_zyx {patch_zyx}; lower the patch or leave the volume out"
-            )
-        if all(n >= p for n, p in zip(region.box.shape_zyx, patch_zyx, strict=True)):
-            regions.append(LabelledRegion(volume, region.box))
-    if not regions:
-        raise SynmlopsError(
-            f"fold {fold.name}: no training region holds a patch of {patch_zyx}; lower sampling.patch_zyx or "
-            "data.split.guard"
-        )
-    return regions
 
 
 def _validation_f1(model: Model, *, truths: Sequence[LabelledRegion], params: InferParams) -> float:
