@@ -10,12 +10,13 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "synmlops"
 FLOORS = (  # from the ground up; a room may import its own floor's modules and those below
-    ("params", "explain", "layout", "progress"),
+    ("section", "learning_params", "params", "explain", "layout", "progress"),
     ("volumes",),
     ("blockwise",),
     ("learning", "synapses"),
     ("tracking",),
     ("serving",),
+    ("tuning",),
     ("stages",),
     ("cli",),
     ("__main__",),
