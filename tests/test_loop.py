@@ -1,5 +1,9 @@
 """Training on one process: what it learns, keeps, resumes and refuses."""
 
+import os
+import re
+import resource
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import TinyProject
-from torch import Tensor
+from torch import Tensor, nn
 
 from synmlops.learning.checkpoint import Model, ModelMeta, save_state
 from synmlops.learning.distributed import Ranks
@@ -18,7 +22,7 @@ from synmlops.learning.networks.registry import build_network
 from synmlops.learning.optim import learning_rate_at
 from synmlops.learning.sampling import LabelledRegion
 from synmlops.learning.states import States
-from synmlops.params import CHANNELS, SynmlopsError
+from synmlops.params import CHANNELS, NetworkParams, SynmlopsError
 from synmlops.volumes.prepared import Box
 
 ALONE = Ranks(rank=0, n_ranks=1, device=torch.device("cpu"))
@@ -116,6 +120,12 @@ def bench(tiny_project: TinyProject, tmp_path: Path) -> Bench:
     return Bench(tiny_project, tmp_path / "states")
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_project: TinyProject, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    """Train without an interruption."""
+    return Bench(tiny_project, tmp_path_factory.mktemp("whole")).fit()
+
+
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -125,9 +135,8 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     [{"stop_saved": 4}, {"stop_saved": 8}, {"stop_saved": 12}, {"stop_logged": 6}, {"stop_logged": 10}],
     ids=str,
 )
-def test_resumed_is_uninterrupted(bench: Bench, stop: dict[str, Any]) -> None:
+def test_resumed_is_uninterrupted(bench: Bench, whole: Fitted, stop: dict[str, Any]) -> None:
     """Wherever it is cut: weights bit by bit, best step, score and every point of the curves."""
-    whole = bench.at("whole").fit()
     with pytest.raises(Interrupted):
         bench.fit(observer=Watcher(**stop))
     resumed = bench.fit()
@@ -140,8 +149,7 @@ def test_resumed_is_uninterrupted(bench: Bench, stop: dict[str, Any]) -> None:
     assert [row["step"] for row in resumed.history if "validation_f1" in row] == [6, 12]
 
 
-def test_interrupted_twice(bench: Bench) -> None:
-    whole = bench.at("whole").fit()
+def test_interrupted_twice(bench: Bench, whole: Fitted) -> None:
     for stop in (4, 8):
         with pytest.raises(Interrupted):
             bench.fit(observer=Watcher(stop_saved=stop))
@@ -261,19 +269,17 @@ def _break_at(call: int, how: Callable[[Tensor, Tensor], Tensor]) -> Callable[..
 
 
 @pytest.mark.parametrize(
-    "how",
+    ("step", "how"),
     [
-        lambda total, logits: total * float("nan"),
-        lambda total, logits: total + float("inf"),
-        lambda total, logits: total + (0 * logits).sum().sqrt(),  # 0, but of slope nan
+        (5, lambda total, logits: total * float("nan")),
+        (8, lambda total, logits: total + float("inf")),
+        (5, lambda total, logits: total + (0 * logits).sum().sqrt()),  # 0, but of slope nan
     ],
     ids=["nan", "inf", "gradient"],
 )
-@pytest.mark.parametrize("step", [5, 8])
 def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, how: Any, step: int
+    bench: Bench, whole: Fitted, monkeypatch: pytest.MonkeyPatch, how: Any, step: int
 ) -> None:
-    whole = bench.at("whole").fit()
     monkeypatch.setattr("synmlops.learning.trainer.compute_loss", _break_at(step, how))
     watcher = Watcher()
     with pytest.raises(
@@ -289,6 +295,132 @@ def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(
 def test_a_learning_rate_far_too_high_stops(bench: Bench) -> None:
     with pytest.raises(SynmlopsError, match="stopped being finite"):
         bench.fit(learning_rate=1e30, validate=None)
+
+
+def test_a_channel_that_collapses_raises_the_alarm(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A penalty on overlap so high that one side is given up for good; the other two channels learn."""
+    monkeypatch.setattr("synmlops.learning.alarms.QUIET_STEPS", 100)
+    watcher, recipe = Watcher(), bench.recipe(steps=120, checkpoint_every=120, warmup_steps=10)
+    loss = recipe.loss.model_copy(update={"overlap": 100.0})
+    bench.fit(recipe=replace(recipe, loss=loss), observer=watcher, validate=None)
+    [(step, message)] = watcher.alarms
+    assert step in (100, 110, 120)
+    assert re.match(rf"(pre|post): predicts nothing since step {step - 99} ", message)
+
+
+@pytest.mark.parametrize(("terms", "same"), [({"dice": 0.0}, True), ({}, False)])
+def test_a_batch_in_parts_is_the_batch(bench: Bench, terms: dict[str, float], same: bool) -> None:
+    """To float32 where losses add up; Dice is that of each part."""
+    recipe = bench.recipe(steps=4, checkpoint_every=4)
+    recipe = replace(
+        recipe,
+        loss=recipe.loss.model_copy(update=terms),
+        sampling=recipe.sampling.model_copy(update={"batch_size": 4}),
+    )
+    whole = bench.at("whole").fit(recipe=recipe, validate=None)
+    in_parts = replace(recipe, train=recipe.train.model_copy(update={"accumulate": 2}))
+    parts = bench.fit(recipe=in_parts, validate=None)
+    close = [torch.allclose(whole.last[k], parts.last[k], rtol=1e-3, atol=1e-5) for k in whole.last]
+    assert all(close) is same
+    assert parts.history[-1]["loss"] == pytest.approx(whole.history[-1]["loss"], rel=1e-3 if same else 0.2)
+
+
+def test_parts_that_do_not_divide_a_batch(bench: Bench) -> None:
+    with pytest.raises(SynmlopsError, match=r"train.accumulate: the 2 patches .* in 3 equal .*one of 1, 2$"):
+        bench.fit(accumulate=3)
+
+
+def test_early_stop_after_so_many_validations_without_a_better_score(bench: Bench) -> None:
+    """Three in a row; the count survives an interruption, and a stopped training is not gone on with."""
+
+    def run(where: Bench, scores: list[float], watcher: Watcher | None = None) -> Fitted:
+        left = iter(scores)
+        return where.fit(validate=lambda model: next(left), validate_every=2, early_stop=3, observer=watcher)
+
+    whole = run(bench.at("whole"), [0.5, 0.4, 0.5, 0.2])
+    assert (whole.best_step, whole.last_step) == (2, 8)
+    with pytest.raises(Interrupted):
+        run(bench, [0.5, 0.4], Watcher(stop_saved=4))
+    watcher = Watcher()
+    resumed = run(bench, [0.5, 0.2], watcher)
+    assert (resumed.best_step, resumed.last_step) == (2, 8)
+    assert _same(resumed.last, whole.last)
+    assert watcher.saves == [8]
+    assert run(bench, []).last_step == 8
+
+
+def test_dropout_resumes_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What layers draw depends on the step alone: neither on what came before nor on validation."""
+
+    def with_dropout(params: NetworkParams) -> nn.Module:
+        return nn.Sequential(build_network(params), nn.Dropout(0.2))
+
+    def draws(model: Model) -> float:
+        return float(torch.rand(()))
+
+    monkeypatch.setattr("synmlops.learning.trainer.build_network", with_dropout)
+    whole = bench.at("whole").fit(validate=None)
+    with pytest.raises(Interrupted):
+        bench.fit(validate=draws, observer=Watcher(stop_saved=8))
+    assert _same(bench.fit(validate=draws).last, whole.last)
+
+
+def test_a_broken_checkpoint_falls_back_to_the_one_before(
+    bench: Bench, whole: Fitted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Interrupted):
+        bench.fit(observer=Watcher(stop_saved=12))
+    newest, before = States(bench.states).paths()
+    assert [newest.name, before.name] == ["step_00000012.pt", "step_00000008.pt"]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    watcher = Watcher()
+    assert _same(bench.fit(observer=watcher).last, whole.last)
+    assert watcher.saves == [12]
+    assert "step_00000012.pt: broken checkpoint" in (said := capsys.readouterr().err)
+    assert "Going on from step_00000008.pt" in said
+    for path in States(bench.states).paths():
+        path.write_bytes(b"PK")
+    with pytest.raises(SynmlopsError, match=r"step_00000008.pt: broken checkpoint .*delete it"):
+        bench.fit()
+
+
+def test_sigterm_saves_the_step_it_came_in(
+    bench: Bench, whole: Fitted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And takes effect at once in a validation; either way the rest is what it would have been."""
+
+    class Ender(Watcher):
+        def logged(self, step: int, row: Row) -> None:
+            super().logged(step, row)
+            if step == 10 and "loss" in row:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as caught:
+        bench.fit(observer=Ender(), validate_every=10)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert bench.state()["progress"]["step"] == 8  # it was to validate next, which may take long
+    with pytest.raises(SystemExit):
+        bench.fit(observer=Ender())
+    assert bench.state()["progress"]["step"] == 10
+    assert "asked to end; step 10 is saved" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert _same(bench.fit().last, whole.last)
+
+
+def test_a_full_disk_ends_training_and_loses_nothing_before(bench: Bench, whole: Fitted) -> None:
+    """The limit on a file's size is reached by the second checkpoint, which holds the best weights too."""
+    with pytest.raises(Interrupted):
+        bench.fit(observer=Watcher(stop_saved=4))
+    size = States(bench.states).paths()[0].stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, before[1]))
+    try:
+        with pytest.raises(SynmlopsError, match=r"step_00000008.pt: cannot be written"):
+            bench.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in bench.states.iterdir()] == ["step_00000004.pt"]
+    assert _same(bench.fit().last, whole.last)
 
 
 def test_union_labels_teach_only_the_union(bench: Bench) -> None:

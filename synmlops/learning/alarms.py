@@ -11,8 +11,8 @@ from synmlops.params import CHANNELS
 
 QUIET_STEPS = 200
 """Steps in a row, of those that saw foreground, after which a channel that says nothing raises the alarm."""
-CONTRAST = 0.05
-"""A channel says nothing if it is nowhere above 0.5, and this little higher on foreground than elsewhere."""
+FAINT = 0.2
+"""A channel says nothing if it is nowhere above 0.5 and, on foreground, no more than this on average."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class CollapseWatch:
                 continue  # nothing to be found, so nothing is told from saying nothing
             above = on[channel] / n_on[channel]
             around = (everywhere[channel] - on[channel]) / max(1, n_valid[channel] - n_on[channel])
-            if highest[channel] > 0.5 or above - around >= CONTRAST:
+            if highest[channel] > 0.5 or above > FAINT:
                 if self.alarmed[channel]:
                     messages.append(f"{name}: recovered at step {step}")
                 self.quiet[channel], self.alarmed[channel] = 0, False
@@ -70,7 +70,7 @@ class CollapseWatch:
             if self.quiet[channel] >= QUIET_STEPS and not self.alarmed[channel]:
                 self.alarmed[channel] = True
                 messages.append(
-                    f"{name}: predicts nothing since step {max(1, step - self.quiet[channel])} (step {step}: "
+                    f"{name}: predicts nothing since step {step - self.quiet[channel] + 1} (step {step}: "
                     f"{above:.3f} on foreground, {around:.3f} elsewhere, {highest[channel]:.3f} at most); "
                     "if it stays so, lower train.learning_rate or loss.overlap, or raise "
                     "sampling.reject_probability or sampling.centred"

@@ -122,7 +122,7 @@ class Feed:
     ) -> None:
         self._sampler, self._augment, self._isotropic = sampler, augment, isotropic
         self._batch_size, self._share = batch_size, range(rank, batch_size, n_ranks)
-        self._mean, self._std, self._device = mean, std, device
+        self.mean, self.std, self._device = mean, std, device
         self._donors = Donors(sampler.regions) if augment.copy_paste.probability else None
         self._pool = _pool_of_single_threads(min(_MOST_THREADS, _count_cores()))
         self._pending: dict[int, list[Future[Patch]]] = {}
@@ -143,7 +143,7 @@ class Feed:
         return Batch(
             image=torch.stack([one.image for one in made]),
             sides=torch.stack([one.sides for one in made]),
-            known=torch.tensor([one.chances.draw.known for one in made], device=self._device),
+            known=torch.tensor([one.chances.draw.known for one in made]).to(self._device, non_blocking=True),
             draws=tuple(one.chances.drawn for one in made),
         )
 
@@ -200,7 +200,7 @@ class Feed:
         return self._apply(Patch(image, sides, made.chances))
 
     def _apply(self, raw: Patch) -> Patch:
-        image, sides = apply_plan(raw.chances.plan, raw.image, raw.sides, mean=self._mean, std=self._std)
+        image, sides = apply_plan(raw.chances.plan, raw.image, raw.sides, mean=self.mean, std=self.std)
         return Patch(image, sides, raw.chances)
 
 

@@ -1,17 +1,16 @@
 """The training loop: draw, augment, forward, descend; validate, and keep a checkpoint to go on from."""
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from synmlops.learning.checkpoint import Model, ModelMeta
 from synmlops.learning.distributed import Ranks
+from synmlops.learning.feed import Feed
 from synmlops.learning.memory import fits
 from synmlops.learning.optim import learning_rate_at
 from synmlops.learning.sampling import LabelledRegion, PatchSampler
@@ -81,7 +80,7 @@ def fit(
     trainer, kept = Trainer(recipe, meta=meta, ranks=ranks), States(states)
     trainer.restore(kept)
     train, progress = recipe.train, trainer.progress
-    with closing(_Feed(recipe, regions, meta=meta, ranks=ranks)) as feed, Stopping() as stopping:
+    with feed_of(recipe, regions, meta=meta, ranks=ranks) as feed, Stopping() as stopping:
         while progress.step < train.steps and not progress.stopped:
             step = progress.step = progress.step + 1
             ranks.at_step(step)
@@ -90,17 +89,17 @@ def fit(
             is_last = step == train.steps
             is_validated = validate is not None and (step % train.validate_every == 0 or is_last)
             is_logged = step % LOG_EVERY == 0 or is_validated or is_last
-            is_left = _all_leave(stopping, ranks, may_ask=is_logged)
-            if is_logged or is_left or step % train.checkpoint_every == 0:
-                trainer.check_finite(feed.describe, observer)  # before a checkpoint can keep broken weights
             if is_logged:
+                trainer.check_finite(feed.describe, observer)
                 trainer.log(observer)
             if validate is not None and is_validated:
                 with stopping.at_once():
                     trainer.validate(validate, observer)
-            if is_last or is_left or progress.stopped or step % train.checkpoint_every == 0:
+            is_left = _all_leave(stopping, ranks, may_ask=is_logged)
+            if is_left or is_last or progress.stopped or step % train.checkpoint_every == 0:
+                trainer.check_finite(feed.describe, observer)  # broken weights are never kept
                 trainer.save(kept, origin or {}, observer)
-            if is_left and not is_last:
+            if is_left:
                 if ranks.is_first:
                     say([f"asked to end; step {step} is saved, and the same command goes on from there"])
                 stopping.leave()
@@ -115,6 +114,21 @@ def fit(
     )
 
 
+def feed_of(recipe: Recipe, regions: Sequence[LabelledRegion], *, meta: ModelMeta, ranks: Ranks) -> Feed:
+    """Give the batches of a training, on this rank."""
+    return Feed(
+        PatchSampler(regions, params=recipe.sampling, seed=recipe.seed),
+        augment=recipe.augment,
+        batch_size=recipe.sampling.batch_size,
+        rank=ranks.rank,
+        n_ranks=ranks.n_ranks,
+        mean=meta.mean,
+        std=meta.std,
+        isotropic=max(meta.voxel_nm) <= 1.05 * min(meta.voxel_nm),
+        device=ranks.device,
+    )
+
+
 def _all_leave(stopping: Stopping, ranks: Ranks, *, may_ask: bool) -> bool:
     """Whether any rank was asked to end, as all ranks see it at the same step.
 
@@ -126,37 +140,3 @@ def _all_leave(stopping: Stopping, ranks: Ranks, *, may_ask: bool) -> bool:
         return False
     asked = torch.tensor(float(stopping.asked), device=ranks.device)
     return bool(ranks.highest(asked) > 0)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    image: Tensor
-    sides: Tensor
-    known: Tensor
-
-
-class _Feed:
-    def __init__(
-        self, recipe: Recipe, regions: Sequence[LabelledRegion], *, meta: ModelMeta, ranks: Ranks
-    ) -> None:
-        self._recipe, self._meta, self._ranks = recipe, meta, ranks
-        self._sampler = PatchSampler(regions, params=recipe.sampling, seed=recipe.seed)
-
-    def batch(self, step: int) -> _Batch:
-        ranks, meta = self._ranks, self._meta
-        indices = range(ranks.rank, self._recipe.sampling.batch_size, ranks.n_ranks)
-        draws = [self._sampler.draw(step, index) for index in indices]
-        image = np.stack([draw.region.volume.image[draw.box.slices] for draw in draws])
-        sides = np.stack([draw.region.volume.sides[draw.box.slices] for draw in draws])
-        return _Batch(
-            (torch.from_numpy(image).to(ranks.device).float() - meta.mean) / meta.std,
-            torch.from_numpy(sides).to(ranks.device),
-            torch.tensor([draw.region.known for draw in draws], device=ranks.device),
-        )
-
-    def describe(self, step: int) -> list[str]:
-        draws = [self._sampler.draw(step, index) for index in range(self._recipe.sampling.batch_size)]
-        return [f"{draw.region.volume.name} at {draw.box.start_zyx}" for draw in draws]
-
-    def close(self) -> None:
-        pass

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from synmlops.learning.alarms import CollapseWatch
 from synmlops.learning.checkpoint import Model, ModelMeta
 from synmlops.learning.distributed import Ranks
+from synmlops.learning.feed import Batch
 from synmlops.learning.losses import LossTerms, Totals, compute_loss
 from synmlops.learning.memory import Demand, fits, largest_batch, out_of_memory
 from synmlops.learning.networks.registry import build_network
@@ -55,22 +56,6 @@ class Observer(Protocol):
 
     def alarm(self, step: int, message: str) -> None:
         """Hear of what needs a look: a channel that collapsed or recovered, a loss that is not finite."""
-
-
-class Batch(Protocol):
-    """This rank's share of a batch, on its device."""
-
-    @property
-    def image(self) -> Tensor:
-        """Normalised intensity, (n, z, y, x)."""
-
-    @property
-    def sides(self) -> Tensor:
-        """Side codes, (n, z, y, x)."""
-
-    @property
-    def known(self) -> Tensor:
-        """Which channels each patch's label knows, (n, 3)."""
 
 
 @dataclass
