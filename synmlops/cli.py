@@ -345,6 +345,34 @@ def phantom(
         typer.echo("\n".join(f"{name}: {path}" for name, path in source.paths.items()))
 
 
+@app.command()
+def patches(
+    params: ParamsFile = Path("params.yaml"),
+    prepared: PreparedFolder = PREPARED,
+    out: Annotated[Path, typer.Option(help="The picture.")] = Path("data/patches.png"),
+    step: Annotated[int, typer.Option(min=1, help="Step of training whose batch to show.")] = 1,
+    n: Annotated[int, typer.Option("--n", min=1, max=64, help="Patches.")] = 8,
+    fold: Annotated[str | None, typer.Option(help="Of a cross-validation; default: the first.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="One augmentation, such as elastic: always, and nothing else.")
+    ] = None,
+    each: Annotated[
+        bool, typer.Option("--all", help="One patch in a row for each augmentation, alone.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the one in the params.")] = None,
+) -> None:
+    """Draw what training sees: image, target and weight of patches, before and after augmentation."""
+    from synmlops.stages.patches import run
+
+    if each and only is not None:
+        raise SynmlopsError(f"--only {only} goes without --all; leave one of them out")
+    settings = load_params(params, overrides={} if seed is None else {"seed": seed})
+    titles = run(settings, prepared=prepared, out=out, step=step, n=n, fold=fold, only=only, each=each)
+    for title in titles:
+        typer.echo(title)
+    typer.echo(f"picture: {out.resolve()}")
+
+
 @importers.command()
 def vnc(
     source: Annotated[str, typer.Argument(help="Folder or archive of the dataset, or the archive's URL.")],
