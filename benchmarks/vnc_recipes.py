@@ -39,10 +39,10 @@ from synmlops.learning.checkpoint import Model, ModelMeta
 from synmlops.learning.distributed import Ranks
 from synmlops.learning.loop import Recipe, Row, fit
 from synmlops.learning.networks.registry import build_network
+from synmlops.learning.sampling import train_regions
 from synmlops.params import Params, load_params
 from synmlops.stages.infer import predict_region
 from synmlops.stages.prepare import run as run_prepare
-from synmlops.stages.train import train_regions
 from synmlops.synapses.instances import Instances, components_of, decode_union
 from synmlops.synapses.matching import match_overlaps, match_points, overlaps_of
 from synmlops.synapses.metrics import centroids_of
