@@ -26,7 +26,7 @@ WHOLE_NM, GONE_NM = 50.0, 100.0
 TRIES = 8
 """Places looked at for each synapse; with none of them free it is left out."""
 
-GREATEST_GAIN = 1.5
+GREATEST_GAIN = 1.25
 """By which grey values are stretched or shrunk to match."""
 
 _KEPT = 128  # donors, cut out and weighed, of about 0.3 MB each
