@@ -126,17 +126,34 @@ def test_donors_know_what_the_patch_knows(tmp_path: Path) -> None:
     assert Donors([pairs]).draw(rng, known=UNION, n=2) == ()
 
 
-def test_donors_lie_in_their_region_with_their_surroundings(tmp_path: Path) -> None:
-    """A synapse that the region's border cuts, or comes near, is no donor: beyond may be test tissue."""
+def test_donors_lie_in_their_region_and_nothing_beyond_is_read(tmp_path: Path) -> None:
+    """A synapse that a face of the region cuts or touches is no donor: beyond may be test tissue."""
     volume = _volume(tmp_path, _label((5, 4, 4), (5, 18, 18), (5, 30, 34))).volume
-    region = LabelledRegion(volume, Box((3, 2, 1), (9, 26, 28)))  # too near in y, just fits, outside
-    donors, rng = Donors([region]), np.random.default_rng(0)
-    pastes = donors.draw(rng, known=ALL, n=20)
-    assert {paste.donor for paste in pastes} == {0}
-    assert donors.cut(0).image.shape == (2 + 2 * 2, 4 + 2 * 4, 6 + 2 * 4)
-    tight = LabelledRegion(volume, Box((4, 2, 1), (9, 26, 28)))
-    with pytest.raises(SynmlopsError, match=r"augment.copy_paste: no synapse lies .* with 100 nm around it"):
-        Donors([tight])
+    rng = np.random.default_rng(0)
+    for box, size in (
+        (
+            Box((3, 5, 1), (9, 26, 28)),
+            (2 + 2 * 2, 4 + 2 * 4, 6 + 2 * 4),
+        ),  # the first is cut, the last outside
+        (
+            Box((4, 5, 15), (9, 26, 25)),
+            (1 + 2 + 2, 4 + 2 * 4, 3 + 6 + 1),
+        ),  # the second has but this around it
+    ):
+        donors = Donors([LabelledRegion(volume, box)])
+        assert {paste.donor for paste in donors.draw(rng, known=ALL, n=20)} == {0}
+        assert donors.cut(0).image.shape == size
+    for tight in (Box((5, 5, 15), (9, 26, 25)), Box((4, 5, 15), (9, 26, 24)), Box((4, 19, 15), (9, 26, 25))):
+        with pytest.raises(SynmlopsError, match=r"augment.copy_paste: every synapse .* is cut by a face"):
+            Donors([LabelledRegion(volume, tight)])
+
+
+def test_surroundings_fade_towards_the_face_of_a_region(tmp_path: Path) -> None:
+    """Whole for 2 voxels and gone after 4 on the far side; gone at the face, 3 voxels from the synapse."""
+    volume = _volume(tmp_path, _label((5, 18, 18))).volume
+    weight = Donors([LabelledRegion(volume, Box((0, 0, 15), SHAPE))]).cut(0).weight.astype(float)
+    line = weight[weight.shape[0] // 2, weight.shape[1] // 2]
+    assert line.tolist() == pytest.approx([0, 0.352, 0.896, *[1] * 6, 1, 1, 0.896, 0.352], abs=1e-3)
 
 
 def test_contrast_follows_the_surroundings_within_limits(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ arXiv:2012.07177, for objects in photographs; here the surroundings go along and
 synapse out are its neighbours (vesicles, a membrane on either side) as much as its density.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
@@ -17,7 +17,7 @@ from scipy.ndimage import distance_transform_edt
 
 from synmlops.learning.sampling import LabelledRegion
 from synmlops.params import SynmlopsError
-from synmlops.volumes.prepared import BACKGROUND, UNTRUSTED, Box
+from synmlops.volumes.prepared import BACKGROUND, UNTRUSTED, Box, PreparedVolume
 from synmlops.volumes.sites import MIDDLE, START, STOP
 
 WHOLE_NM, GONE_NM = 50.0, 100.0
@@ -46,6 +46,16 @@ class Paste:
 
 
 @dataclass(frozen=True)
+class _Site:
+    """Where a donor lies."""
+
+    volume: PreparedVolume
+    box: Box  # of the synapse and its surroundings
+    middle_zyx: tuple[int, int, int]  # in the box
+    ends: tuple[tuple[bool, bool], ...]  # along y and x: whether the region ends before the surroundings do
+
+
+@dataclass(frozen=True)
 class Donor:
     """A synapse and its surroundings, cut out of its volume; all (z, y, x)."""
 
@@ -69,7 +79,9 @@ class Donor:
 
 
 class Donors:
-    """The synapses of all regions that lie in them with their surroundings; no other voxel is ever read.
+    """The synapses that lie in the regions without touching a face; no voxel beyond is ever read.
+
+    Surroundings go as far as the region does, and fade out towards its faces in plane.
 
     Parameters
     ----------
@@ -83,24 +95,19 @@ class Donors:
     """
 
     def __init__(self, regions: Sequence[LabelledRegion]) -> None:
-        self._sites: list[tuple[LabelledRegion, Box, tuple[int, int, int]]] = []
+        self._sites: list[_Site] = []
         by_known: dict[tuple[bool, ...], list[int]] = {}
         for region in regions:
-            rim = np.ceil(GONE_NM / np.array(region.volume.grid.voxel_nm)).astype(np.int64) - 1
-            sites = region.volume.sites
-            starts, stops = sites[:, START] - rim, sites[:, STOP] + rim
-            inside = (starts >= region.box.start_zyx) & (stops <= region.box.stop_zyx)
-            for row in np.flatnonzero(inside.all(axis=1)):
-                (z0, y0, x0), (z1, y1, x1) = starts[row].tolist(), stops[row].tolist()
-                z, y, x = sites[row, MIDDLE].tolist()
-                by_known.setdefault(region.known, []).append(len(self._sites))
-                self._sites.append((region, Box((z0, y0, x0), (z1, y1, x1)), (z, y, x)))
+            found = list(_whole_sites(region))
+            rows = range(len(self._sites), len(self._sites) + len(found))
+            by_known.setdefault(region.known, []).extend(rows)
+            self._sites += found
         if not self._sites:
             raise SynmlopsError(
-                f"augment.copy_paste: no synapse lies in the training regions with {GONE_NM:g} nm around it; "
+                "augment.copy_paste: every synapse of the training regions is cut by a face of its region; "
                 "set its probability to 0"
             )
-        self._by_known = {known: np.array(rows) for known, rows in by_known.items()}
+        self._by_known = {known: np.array(rows) for known, rows in by_known.items() if rows}
         self.cut = lru_cache(maxsize=_KEPT)(self._cut)
 
     def draw(self, rng: np.random.Generator, *, known: tuple[bool, ...], n: int) -> tuple[Paste, ...]:
@@ -119,19 +126,35 @@ class Donors:
         )
 
     def _cut(self, row: int) -> Donor:
-        region, box, middle = self._sites[row]
-        volume = region.volume
+        site = self._sites[row]
+        volume, box, at = site.volume, site.box, site.middle_zyx
         sides = np.array(volume.sides[box.slices])
-        at = tuple(m - s for m, s in zip(middle, box.start_zyx, strict=True))
         foreground = (sides != BACKGROUND) & (sides != UNTRUSTED)
         if volume.kind == "pairs":
-            site = (volume.label[box.slices].astype(np.int64) + 1) // 2
-            own = foreground & (site == site[at])
+            numbers = (volume.label[box.slices].astype(np.int64) + 1) // 2
+            own = foreground & (numbers == numbers[at])
         else:
             components = cc3d.connected_components(foreground, connectivity=26)
             own = components == components[at]
-        weight = _blend_weight(own, foreign=(sides != BACKGROUND) & ~own, voxel_nm=volume.grid.voxel_nm)
+        foreign = (sides != BACKGROUND) & ~own
+        weight = _blend_weight(own, foreign=foreign, ends=site.ends, voxel_nm=volume.grid.voxel_nm)
         return Donor(np.array(volume.image[box.slices]), np.where(own, sides, BACKGROUND), weight)
+
+
+def _whole_sites(region: LabelledRegion) -> Iterator[_Site]:
+    """Give the synapses that no face of the region cuts, each with as much around it as the region has."""
+    rim = np.ceil(GONE_NM / np.array(region.volume.grid.voxel_nm)).astype(np.int64) - 1
+    first, last = np.array(region.box.start_zyx), np.array(region.box.stop_zyx)
+    sites = region.volume.sites.astype(np.int64)
+    whole = (sites[:, START] > first) & (sites[:, STOP] < last)
+    for row in sites[whole.all(axis=1)]:
+        start, stop = np.maximum(row[START] - rim, first), np.minimum(row[STOP] + rim, last)
+        (z0, y0, x0), (z1, y1, x1), (z, y, x) = (at.tolist() for at in (start, stop, row[MIDDLE] - start))
+        ends = tuple(
+            (bool(before), bool(after))
+            for before, after in zip(start > row[START] - rim, stop < row[STOP] + rim, strict=True)
+        )
+        yield _Site(region.volume, Box((z0, y0, x0), (z1, y1, x1)), (z, y, x), ends[1:])
 
 
 def paste_into(
@@ -216,17 +239,27 @@ def _levels(image: NDArray[np.float32], where: NDArray[np.float32]) -> tuple[NDA
 
 
 def _blend_weight(
-    own: NDArray[np.bool_], *, foreign: NDArray[np.bool_], voxel_nm: tuple[float, float, float]
+    own: NDArray[np.bool_],
+    *,
+    foreign: NDArray[np.bool_],
+    ends: tuple[tuple[bool, bool], ...],
+    voxel_nm: tuple[float, float, float],
 ) -> NDArray[np.float16]:
     """Give the donor's weight: 1 in the synapse and near it, fading outwards and towards what is foreign.
+
+    Foreign is also what lies beyond an end; along z nothing fades there, since sections differ anyway.
 
     Other synapses are not pasted, for nothing would be left of them but an image without a label.
     """
     away = distance_transform_edt(~own, sampling=voxel_nm)
     fade = GONE_NM - WHOLE_NM
     weight = np.clip((GONE_NM - away) / fade, 0, 1)
-    if foreign.any():
-        near = distance_transform_edt(~foreign, sampling=voxel_nm)
+    if foreign.any() or np.any(ends):
+        beyond = [(0, 0), *((int(before), int(after)) for before, after in ends)]
+        near = distance_transform_edt(~np.pad(foreign, beyond, constant_values=True), sampling=voxel_nm)
+        near = near[
+            tuple(slice(before, before + n) for (before, _), n in zip(beyond, own.shape, strict=True))
+        ]
         weight = np.minimum(weight, np.clip((near - min(voxel_nm)) / fade, 0, 1))
         weight[own] = 1
     smooth: NDArray[np.float16] = (weight * weight * (3 - 2 * weight)).astype(np.float16)
