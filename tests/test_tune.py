@@ -22,8 +22,8 @@ from synmlops.stages.train import run as run_train
 from synmlops.stages.tune import Search, apply, search_folder, trial_folder
 from synmlops.tracking.runs import Nested
 from synmlops.tuning.params_file import rewrite
-from synmlops.tuning.space import read_space
-from synmlops.tuning.study import Row, alone
+from synmlops.tuning.space import Choices, Range, Space, read_space
+from synmlops.tuning.study import Row, Study, alone
 
 SPACE = {
     "train.learning_rate": [1e-7, 0.02],
@@ -218,58 +218,85 @@ def better_with_less_dice(params: Params) -> float:
     return 1 - params.loss.dice
 
 
-def test_the_same_seed_tries_the_same_however_often_it_is_interrupted(
-    offline: Path, tiny_project: TinyProject
-) -> None:
-    whole: list[Params] = []
-    rows = tune.run(
-        search(offline, tiny_project.prepared, n_trials=8, name="whole"),
-        train=scored(better_with_less_dice, trials=whole),
+def small_study(folder: Path, *, seed: int = 0) -> Study:
+    space = Space(
+        {
+            "loss.dice": Range(0.0, 1.0, log=False, step=None, whole=False),
+            "train.optimizer": Choices(("adamw", "sgd")),
+        }
     )
-    parts: list[Params] = []
-    for n_trials in (3, 3, 8):
-        again = tune.run(
-            search(offline, tiny_project.prepared, n_trials=n_trials, name="parts"),
-            train=scored(better_with_less_dice, trials=parts),
-        )
-    assert parts == whole
-    assert len(whole) == 8
+    return Study(folder, space=space, facts={}, seed=seed, spare=1, first_prunable=0)
+
+
+def play(study: Study, n_trials: int) -> list[Row]:
+    """Run trials that are good at first and better with less Dice."""
+    while (attempt := study.next(n_trials)) is not None:
+        attempt.watch(1, 0.5)
+        attempt.watch(2, 1 - attempt.values["loss.dice"])
+        attempt.complete()
+    return study.rows()
+
+
+def test_the_same_seed_tries_the_same_however_often_it_is_interrupted(tmp_path: Path) -> None:
+    """Beyond the first few, which are drawn at random, too."""
+    rows = play(small_study(tmp_path / "whole"), 8)
+    for n_trials in (3, 6, 8):
+        again = play(small_study(tmp_path / "parts"), n_trials)
     assert again == rows
-    other: list[Params] = []
-    tune.run(
-        search(offline, tiny_project.prepared, n_trials=3, seed=1, name="other"),
-        train=scored(better_with_less_dice, trials=other),
-    )
-    assert other != whole[:3]
+    assert len(rows) == 8
+    assert len({row.values["loss.dice"] for row in rows}) == 8
+    assert all(row.best == max(0.5, 1 - row.values["loss.dice"]) for row in rows)
+    assert play(small_study(tmp_path / "other", seed=1), 1)[0].values != rows[0].values
 
 
-def test_a_trial_that_fails_leaves_the_search_and_three_in_a_row_end_it(
+def test_a_trial_that_ends_its_process_again_and_again_is_given_up(tmp_path: Path) -> None:
+    values = []
+    for _ in range(3):
+        attempt = small_study(tmp_path).next(2)
+        assert attempt is not None
+        values.append(attempt.values)
+    assert values == values[:1] * 3
+    rows = play(small_study(tmp_path), 2)
+    assert [row.state for row in rows] == ["failed", "complete"]
+    assert rows[0].reason == "was ended from outside 3 times"
+
+
+def test_trials_that_fail_are_left_until_three_in_a_row_end_the_search(
     project: Path, tiny_project: TinyProject
 ) -> None:
+    tried: list[Params] = []
+
     def fussy(params: Params) -> float:
-        if params.loss.dice:
+        if len(tried) != 2:
             raise SynmlopsError("too much dice")
         return 0.5
 
     with pytest.raises(SynmlopsError, match="3 trials in a row failed, the last one so: too much dice"):
-        tune.run(search(project, tiny_project.prepared, n_trials=50, seed=3), train=scored(fussy))
+        tune.run(search(project, tiny_project.prepared, n_trials=50), train=scored(fussy, trials=tried))
+    assert len(tried) == 5
     parent, _ = mlflow_runs(project)
     assert parent.info.status == "FAILED"
+    assert parent.data.metrics["best_validation_f1"] == 0.5
 
 
-def test_a_trial_that_kills_its_process_again_and_again_is_given_up(
+def test_a_trial_that_was_trained_but_not_yet_scored_is_not_trained_again(
     offline: Path, tiny_project: TinyProject
 ) -> None:
-    def deadly(params: Params) -> float:
+    def ended_at_the_last_moment(
+        params: Params, *, out: Path, watch: Callable[[int, float], None], nested: Nested
+    ) -> None:
+        watch(12, 0.25)
+        out.mkdir()
+        (out / "run.json").touch()  # the last that training writes
         raise KeyboardInterrupt
 
-    one = search(offline, tiny_project.prepared, n_trials=2)
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            tune.run(one, train=scored(deadly))
-    rows = tune.run(one, train=scored(better_with_less_dice))
-    assert [row.state for row in rows] == ["failed", "complete"]
-    assert rows[0].reason == "was ended from outside 3 times"
+    one = search(offline, tiny_project.prepared, n_trials=1)
+    with pytest.raises(KeyboardInterrupt):
+        tune.run(one, train=ended_at_the_last_moment)
+    tried: list[Params] = []
+    rows = tune.run(one, train=scored(better_with_less_dice, trials=tried))
+    assert not tried
+    assert [(row.state, row.best) for row in rows] == [("complete", 0.25)]
 
 
 def test_a_search_does_not_go_on_with_another_space_or_at_the_same_time(
