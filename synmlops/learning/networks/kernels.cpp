@@ -147,10 +147,8 @@ void transform_output(const float* m, Int step, const Grid& g, Int channels, Int
         if (whole) {
           store(target, out[j]);
         } else if (fold) {
-          const Int border_y = top + kTile * 2, beyond_y = g.height + 1, beyond_x = g.width + 1;
-          if (top + i >= beyond_y || left + j >= beyond_x) continue;
+          if (top + i > g.height || left + j > g.width) continue;
           const bool edge = y == 0 || x == 0 || y == g.height - 1 || x == g.width - 1;
-          (void)border_y;
           store(target, edge ? load(target) + out[j] : out[j]);
         } else if (top + i == y && left + j == x) {
           store(target, out[j]);
@@ -217,6 +215,14 @@ inline void outer_rows(const float* v, Int ldv, const float* d, Int count, float
   }
 }
 
+// du (rows x panel) += v (count x rows, transposed) times d (count x panel, packed)
+inline void outer(const float* v, Int rows, const float* d, Int count, float* du, Int out_padded) {
+  Int c = 0;
+  for (; c + 6 <= rows; c += 6) outer_rows<6>(v + c, rows, d, count, du + c * out_padded, out_padded);
+  for (; c + 2 <= rows; c += 2) outer_rows<2>(v + c, rows, d, count, du + c * out_padded, out_padded);
+  for (; c < rows; ++c) outer_rows<1>(v + c, rows, d, count, du + c * out_padded, out_padded);
+}
+
 inline Lane exponential(Lane x) {  // Source: Cephes expf; relative error 1e-7 for x from -87 to 0
   x = x < -87.0f ? Lane{} - 87.0f : x;
   const Lane scaled = x * 1.44269504f;
@@ -232,6 +238,70 @@ inline Lane exponential(Lane x) {  // Source: Cephes expf; relative error 1e-7 f
   const LaneInt power = (n + 127) << 23;
   return p * reinterpret_cast<const Lane&>(power);
 }
+
+// A convolution of any size and step as a product of gathered windows with the weights.
+struct Windows {
+  Int depth, height, width, channels;              // of what is gathered
+  Int out_depth, out_height, out_width;            // positions of windows
+  Int kz, ky, kx, sz, sy, sx, clamp, halo_z, halo_y, halo_x;  // halo: positions beyond each border
+  Int size() const { return kz * ky * kx * channels; }
+  Int rows() const { return (out_depth + 2 * halo_z) * (out_height + 2 * halo_y); }  // of a sample
+  Int columns() const { return out_width + 2 * halo_x; }
+};
+
+void gather(const float* x, const Windows& w, Int z0, Int y0, Int x0, float* out) {
+  const Int left = x0 * w.sx - w.kx / 2;
+  const bool inside = left >= 0 && left + w.kx <= w.width;
+  for (Int i = 0; i < w.kz; ++i)
+    for (Int j = 0; j < w.ky; ++j, out += w.kx * w.channels) {
+      const Int z = z0 * w.sz + i - w.kz / 2, y = y0 * w.sy + j - w.ky / 2;
+      if (!w.clamp && (z < 0 || z >= w.depth || y < 0 || y >= w.height)) {
+        std::memset(out, 0, w.kx * w.channels * sizeof(float));
+        continue;
+      }
+      const float* line =
+          x + (std::clamp<Int>(z, 0, w.depth - 1) * w.height + std::clamp<Int>(y, 0, w.height - 1)) * w.width * w.channels;
+      if (inside) {
+        const float* from = line + left * w.channels;
+        for (Int c = 0; c < w.kx * w.channels; ++c) out[c] = from[c];
+        continue;
+      }
+      for (Int k = 0; k < w.kx; ++k)
+        for (Int c = 0; c < w.channels; ++c) {
+          const Int at = left + k;
+          const bool in = w.clamp || (at >= 0 && at < w.width);
+          out[k * w.channels + c] = in ? line[std::clamp<Int>(at, 0, w.width - 1) * w.channels + c] : 0.0f;
+        }
+    }
+}
+
+// Offset of the voxel at a window's position, those of the halo being folded onto the border.
+inline Int position(const Windows& w, Int row, Int column, Int channels) {
+  const Int height = w.out_height + 2 * w.halo_y;
+  const Int z = std::clamp<Int>(row / height - w.halo_z, 0, w.out_depth - 1);
+  const Int y = std::clamp<Int>(row % height - w.halo_y, 0, w.out_height - 1);
+  return ((z * w.out_height + y) * w.out_width + std::clamp<Int>(column - w.halo_x, 0, w.out_width - 1)) * channels;
+}
+
+inline void gather_run(const float* x, const Windows& w, Int row, Int column, Int count, float* out) {
+  const Int height = w.out_height + 2 * w.halo_y;
+  for (Int t = 0; t < count; ++t)
+    gather(x, w, row / height - w.halo_z, row % height - w.halo_y, column + t - w.halo_x, out + t * w.size());
+}
+
+// An axis of linear interpolation whose ends meet: output i lies between inputs low[i] and high[i].
+struct Axis {
+  std::vector<Int> low, high;
+  std::vector<float> weight;  // of high
+  Axis(Int from, Int to) : low(to), high(to), weight(to) {
+    for (Int i = 0; i < to; ++i) {
+      const double at = to > 1 ? double(i) * (from - 1) / (to - 1) : 0.0;
+      low[i] = std::min<Int>(Int(at), from - 1);
+      high[i] = std::min<Int>(low[i] + 1, from - 1);
+      weight[i] = float(at - double(low[i]));
+    }
+  }
+};
 
 enum Activation : Int { kNone = 0, kRelu = 1, kElu = 2 };
 
@@ -341,18 +411,134 @@ void weight_gradient(const float* x, const float* dy, float* du, const Int* firs
           for (Int panel = 0; panel < out_padded / kPanel; ++panel) {
             const float* right = d.data + f * kBlock * out_padded + panel * kBlock * kPanel;
             float* target = sums[share] + ((tap[p] * kFreq + f) * in) * out_padded + panel * kPanel;
-            for (Int c = 0; c < in; c += kRows) {
-              const float* left = v.data + f * kBlock * in + c;
-              if (in - c >= 6) outer_rows<6>(left, in, right, count, target + c * out_padded, out_padded);
-              else if (in - c == 4) outer_rows<4>(left, in, right, count, target + c * out_padded, out_padded);
-              else outer_rows<2>(left, in, right, count, target + c * out_padded, out_padded);
-            }
+            outer(v.data + f * kBlock * in, in, right, count, target, out_padded);
           }
       }
     }
   }
   for (Int i = 1; i < threads; ++i)
     for (Int k = 0; k < size; ++k) du[k] += sums[i][k];
+}
+
+// y (samples, positions, out) = windows of x times w (panels, window, panel) + bias, which may be null.
+// With a halo, y is added to and has to start at 0: the adjoint of clamping.
+void gather_convolve(const float* x, const float* w, const float* bias, float* y, const Int* shape, Int samples, Int out,
+                     Int threads) {
+  Windows s;
+  std::memcpy(&s, shape, sizeof s);
+  const Int out_padded = padded(out), size = s.size(), in_sample = s.depth * s.height * s.width * s.channels;
+  const bool fold = s.halo_z || s.halo_y || s.halo_x;
+  const Int bands = fold ? 1 : 8;  // what a halo adds to a border comes from several rows
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer a(kBlock * size), m(kBlock * out_padded);
+#pragma omp for schedule(dynamic)
+    for (Int job = 0; job < samples * bands; ++job) {
+      const Int n = job / bands, band = job % bands;
+      float* target = y + n * s.out_depth * s.out_height * s.out_width * out;
+      for (Int row = s.rows() * band / bands; row < s.rows() * (band + 1) / bands; ++row)
+        for (Int column = 0; column < s.columns(); column += kBlock) {
+          const Int count = std::min<Int>(kBlock, s.columns() - column);
+          gather_run(x + n * in_sample, s, row, column, count, a.data);
+          for (Int panel = 0; panel < out_padded / kPanel; ++panel)
+            for (Int t = 0; t < count; t += kRows) {
+              Wide acc[kRows][2] = {};
+              multiply<kRows>(a.data + t * size, size, 1, w + panel * size * kPanel, size, acc);
+              for (int i = 0; i < kRows; ++i)
+                std::memcpy(m.data + (t + i) * out_padded + panel * kPanel, acc[i], sizeof acc[i]);
+            }
+          for (Int t = 0; t < count; ++t) {
+            float* to = target + position(s, row, column + t, out);
+            for (Int c = 0; c < out; ++c)
+              to[c] = m.data[t * out_padded + c] + (fold ? to[c] : 0.0f) + (bias ? bias[c] : 0.0f);
+          }
+        }
+    }
+  }
+}
+
+// dw (window, padded out) = sum over positions of windows of x times dy.
+void gather_weight_gradient(const float* x, const float* dy, float* dw, const Int* shape, Int samples, Int out,
+                            Int threads) {
+  Windows s;
+  std::memcpy(&s, shape, sizeof s);
+  const Int out_padded = padded(out), size = s.size(), total = size * out_padded;
+  const Int in_sample = s.depth * s.height * s.width * s.channels, rows = samples * s.rows();
+  std::vector<float> sums((threads - 1) * total, 0.0f);
+  std::memset(dw, 0, total * sizeof(float));
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (Int share = 0; share < threads; ++share) {
+    float* sum = share ? sums.data() + (share - 1) * total : dw;
+    Buffer a(kBlock * size), d(kBlock * out_padded);
+    for (Int job = rows * share / threads; job < rows * (share + 1) / threads; ++job) {
+      const Int n = job / s.rows(), row = job % s.rows();
+      const float* from = dy + n * s.out_depth * s.out_height * s.out_width * out;
+      for (Int column = 0; column < s.columns(); column += kBlock) {
+        const Int count = std::min<Int>(kBlock, s.columns() - column);
+        gather_run(x + n * in_sample, s, row, column, count, a.data);
+        for (Int t = 0; t < count; ++t) {
+          const float* voxel = from + position(s, row, column + t, out);
+          for (Int c = 0; c < out; ++c) d.data[(c / kPanel * kBlock + t) * kPanel + c % kPanel] = voxel[c];
+        }
+        for (Int panel = 0; panel < out_padded / kPanel; ++panel)
+          outer(a.data, size, d.data + panel * kBlock * kPanel, count, sum + panel * kPanel, out_padded);
+      }
+    }
+  }
+  for (Int i = 1; i < threads; ++i)
+    for (Int k = 0; k < total; ++k) dw[k] += sums[(i - 1) * total + k];
+}
+
+// out = base + low interpolated linearly in plane, corners aligned; base may be out itself.
+void upsample_add(const float* base, const float* low, float* out, Int planes, Int low_height, Int low_width, Int height,
+                  Int width, Int channels, Int threads) {
+  const Axis ys(low_height, height), xs(low_width, width);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (Int job = 0; job < planes * height; ++job) {
+    const Int y = job % height;
+    const float* plane = low + job / height * low_height * low_width * channels;
+    const float *above = plane + ys.low[y] * low_width * channels, *below = plane + ys.high[y] * low_width * channels;
+    const float b = ys.weight[y], a = 1 - b;
+    for (Int x = 0; x < width; ++x) {
+      const Int left = xs.low[x] * channels, right = xs.high[x] * channels, at = (job * width + x) * channels;
+      const float q = xs.weight[x], p = 1 - q;
+      for (Int c = 0; c < channels; c += kLane)
+        store(out + at + c, load(base + at + c) + a * (p * load(above + left + c) + q * load(above + right + c)) +
+                                b * (p * load(below + left + c) + q * load(below + right + c)));
+    }
+  }
+}
+
+// The adjoint of the interpolation: dlow from the gradient of what it was interpolated to.
+void upsample_gradient(const float* grad, float* dlow, Int planes, Int low_height, Int low_width, Int height, Int width,
+                       Int channels, Int threads) {
+  const Axis ys(low_height, height), xs(low_width, width);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (Int plane = 0; plane < planes; ++plane) {
+    const Int line = low_width * channels;
+    float* to = dlow + plane * low_height * line;
+    std::memset(to, 0, low_height * line * sizeof(float));
+    Buffer row(line);
+    for (Int y = 0; y < height; ++y) {
+      std::memset(row.data, 0, line * sizeof(float));
+      const float* from = grad + (plane * height + y) * width * channels;
+      for (Int x = 0; x < width; ++x) {
+        float *left = row.data + xs.low[x] * channels, *right = row.data + xs.high[x] * channels;
+        const float q = xs.weight[x], p = 1 - q;
+        for (Int c = 0; c < channels; c += kLane) {
+          const Lane g = load(from + x * channels + c);
+          store(left + c, load(left + c) + p * g);
+          store(right + c, load(right + c) + q * g);
+        }
+      }
+      float *above = to + ys.low[y] * line, *below = to + ys.high[y] * line;
+      const float b = ys.weight[y], a = 1 - b;
+      for (Int c = 0; c < line; c += kLane) {
+        store(above + c, load(above + c) + a * load(row.data + c));
+        store(below + c, load(below + c) + b * load(row.data + c));
+      }
+    }
+  }
 }
 
 // sums (samples, 2, channels): of x and of its square, over the voxels of each sample.

@@ -1,0 +1,75 @@
+"""Trilinear upsampling with aligned corners, summed with what it is added to in the same pass on a CPU."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from synmlops.learning.networks.fast_conv import dense
+from synmlops.learning.networks.native import LANE, kernels
+
+
+def upsample_add(base: Tensor, *lows: Tensor) -> Tensor:
+    """Give the sum of `base` and each of `lows`, upsampled to its size.
+
+    Parameters
+    ----------
+    base : (n, c, z, y, x) tensor
+    *lows : (n, c, ., ., .) tensors
+        Interpolated linearly so that the corner voxels of both coincide.
+
+    Examples
+    --------
+    >>> low = torch.tensor([0.0, 4.0]).reshape(1, 1, 1, 1, 2)
+    >>> upsample_add(torch.ones(1, 1, 1, 1, 5), low).flatten()
+    tensor([1., 2., 3., 4., 5.])
+    """
+    fits = base.device.type == "cpu" and base.dtype != torch.float64 and base.shape[1] % LANE == 0
+    if fits and not torch.compiler.is_compiling() and kernels().library is not None:
+        flat = [_along_z(low, base.shape[2]) for low in lows]
+        result: Tensor = _UpsampleAdd.apply(base, *flat)  # type: ignore[no-untyped-call]
+        return result
+    for low in lows:
+        base = base + functional.interpolate(low, base.shape[2:], mode="trilinear", align_corners=True)
+    return base
+
+
+def _along_z(low: Tensor, depth: int) -> Tensor:
+    """Interpolate along z alone, where tensors are small: a product with a matrix."""
+    low = dense(low)
+    n, channels, z, y, x = low.shape
+    if z == depth:
+        return low
+    unit = torch.eye(z).reshape(1, z, z, 1)  # channels, z, y of an image of unit vectors
+    weights = functional.interpolate(unit, (depth, 1), mode="bilinear", align_corners=True).reshape(z, depth)
+    flat = low.permute(0, 2, 3, 4, 1).reshape(n, z, -1)
+    return (weights.T @ flat).reshape(n, depth, y, x, channels).permute(0, 4, 1, 2, 3)
+
+
+class _UpsampleAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, *lows: Tensor) -> Tensor:
+        base = dense(base)
+        n, channels, depth, height, width = base.shape
+        result = torch.empty_like(base)
+        for low in map(dense, lows):
+            form = (n * depth, *low.shape[3:], height, width, channels)
+            kernels().call("upsample_add", base, low, result, *form)
+            base = result
+        ctx.shapes = [low.shape for low in lows]
+        return base
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        grad = dense(grad)
+        n, channels, depth, height, width = grad.shape
+        of_lows = []
+        for shape in ctx.shapes:
+            of_low = torch.empty(shape, memory_format=torch.channels_last_3d)
+            form = (n * depth, *shape[3:], height, width, channels)
+            kernels().call("upsample_gradient", grad, of_low, *form)
+            of_lows.append(of_low)
+        return grad, *of_lows
