@@ -70,12 +70,12 @@ class Recorder:
     def rewind(self, step: int) -> None:
         """Say that work goes on from the checkpoint of `step`: what is unsent beyond it will come again.
 
-        What is beyond it and was sent already (a run that failed sends all it has) is not sent again.
+        What was sent already (a run that failed sends all it has) is not sent again, nor is what a training
+        that was ended after its last step says at its end.
         """
         self._must_rewind = False
         self._log.rewind(step)
-        steps = settled_steps(self._log.path)
-        self._sent_steps = {name: last for name, last in steps.items() if last > step}
+        self._sent_steps = settled_steps(self._log.path)
         self._sender.nudge()
 
     def log_params(self, params: Mapping[str, Flat]) -> None:
