@@ -104,9 +104,10 @@ class NetworkParams(Section):
     def receptive_field_zyx(self) -> tuple[int, int, int]:
         """Width in voxels of the input that can move one output voxel, along z, y and x.
 
-        Counts the convolutions of encoder and decoder; an upper bound, held by a test on gradients. Group and
-        instance norm and squeeze-excite see means over the whole patch beside; their reach is not counted,
-        since no such mean shows where a voxel lies.
+        Counts the convolutions of encoder and decoder; an upper bound, held by a test on gradients. What
+        group and instance norm, squeeze-excite and the non-local block of plus_unet see of the whole patch is
+        not counted: inference reads no further than half this width beyond a region, so a guard of this width
+        keeps it from all that training saw, whatever a network could see.
         """
         stated = self.stated_zyx("receptive_field_zyx")
         if stated is not None:
@@ -115,6 +116,8 @@ class NetworkParams(Section):
         return z, y, x
 
     def _receptive_field(self, axis: int) -> int:
+        if self.name == "plus_unet":
+            return self._receptive_field_of_plus(axis)
         step = self.stem_zyx[axis]
         reach = self.kernels[0][axis] // 2 * step  # the stem's convolution, then those of the blocks
         for level, kernel in enumerate(self.kernels):
@@ -122,6 +125,20 @@ class NetworkParams(Section):
             reach += sides * 2 * self.blocks * (kernel[axis] // 2) * step
             if level < len(self.pools):
                 step *= self.pools[level][axis]
+        return 2 * reach + step
+
+    def _receptive_field_of_plus(self, axis: int) -> int:
+        """Count strided convolutions on the way down, and interpolation on the way up."""
+        half = [kernel[axis] // 2 for kernel in self.kernels]
+        in_blocks = [0 if axis == 0 else 2 * self.blocks * n for n in half]  # residual blocks are flat
+        is_flat = axis == 0 and any(kernel[0] == 1 for kernel in self.kernels)
+        reach, step = 0 if is_flat else 2 * 2, 1  # of the first and the last convolution, five voxels wide
+        reach += half[0] + in_blocks[0]
+        for level, pool in enumerate(self.pools, start=1):
+            reach += (half[level] + in_blocks[level]) * step  # into this level, and the blocks above it
+            step *= pool[axis]
+            # the blocks of this level, and up from it: a convolution, and a voxel beside by interpolation
+            reach += (in_blocks[level] + half[level] + 1) * step
         return 2 * reach + step
 
 

@@ -41,7 +41,8 @@ def test_every_norm_and_activation_trains(name: str, norm: str, activation: str)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_built_in_network_does_what_is_wanted_of_a_users(name: str) -> None:
     for exclusive in (False, True):
-        params = NetworkParams(name=name, exclusive=exclusive)
+        fold = (1, 1, 1) if name == "plus_unet" else (1, 4, 4)
+        params = NetworkParams(name=name, exclusive=exclusive, stem_zyx=fold)
         check_network(build_network(params), params)
 
 

@@ -32,7 +32,8 @@ def test_the_code_that_travels_is_what_serving_imports_and_no_more() -> None:
     package = MODEL_CODE.parents[1]
     names = {source.file.relative_to(package).as_posix() for source in sources_of(BUILT_IN)}
     needed = {"__init__.py", "params.py", "learning/predict.py", "serving/pyfunc.py"}
-    assert needed | {"learning/networks/registry.py", "learning/networks/light_unet.py"} <= names
+    networks = {f"learning/networks/{name}" for name in ("registry.py", "light_unet.py", "kernels.cpp")}
+    assert needed | networks <= names
     rooms = {name.partition("/")[0] for name in names if "/" in name}
     assert rooms == {"learning", "serving", "volumes"}
     assert "serving/registry.py" not in names

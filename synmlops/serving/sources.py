@@ -32,7 +32,7 @@ class Source:
 
 
 def sources_of(network: str) -> list[Source]:
-    """Give the files that a served model imports, itself and through others.
+    """Give the files that a served model imports, itself and through others, and C++ code beside them.
 
     Parameters
     ----------
@@ -48,6 +48,7 @@ def sources_of(network: str) -> list[Source]:
     """
     ours = _PACKAGE.parent
     found = _closure([Source(MODEL_CODE, ours)])
+    found |= {Source(file, ours) for source in found for file in source.file.parent.glob("*.cpp")}
     module, colon, _ = network.partition(":")
     if colon and not _is_installed(module):
         found |= _closure(list(_own_sources(module)))
@@ -71,7 +72,8 @@ def requirements(network: str) -> list[str]:
     """
     sources = sources_of(network)
     own = {source.place.parts[0].removesuffix(".py") for source in sources}
-    modules = {name.partition(".")[0] for source in sources for name in imports_of(source)}
+    python = [source for source in sources if source.file.suffix == ".py"]
+    modules = {name.partition(".")[0] for source in python for name in imports_of(source)}
     module, colon, _ = network.partition(":")
     if colon:
         modules.add(module.partition(".")[0])
