@@ -17,7 +17,7 @@ from tracking_tools import migrated_store
 from synmlops.params import SynmlopsError
 from synmlops.tracking.delivery import Delivery
 from synmlops.tracking.lineage import tracking_uri
-from synmlops.tracking.runs import RunRecord, StageRun, sync
+from synmlops.tracking.runs import Nested, RunRecord, StageRun, sync
 from synmlops.tracking.store import Store, Unreachable
 
 pytestmark = pytest.mark.filterwarnings(
@@ -444,3 +444,20 @@ def test_a_lost_sidecar_repeats_nothing(root: Path) -> None:
 def test_usage_is_not_reported_to_anybody(root: Path) -> None:
     train()
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+
+
+def test_a_run_below_another_is_sent_below_it_whichever_goes_first(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is away until both have ended; the one below ended first, and one is begun afterwards."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with StageRun.start(params={}, data={}, stage="tune", system=False) as above:
+        below = train(nested=Nested(above.key, "trial 1"))
+    assert below.parent_key == above.key
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert sync(root).left == 0
+    train(nested=Nested(above.key, "trial 2"))
+    parent = mlflow_run(root, above.record)
+    found = [run for run in all_runs(root) if run.info.run_id != parent.info.run_id]
+    assert sorted(run.info.run_name for run in found) == ["trial 1", "trial 2"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in found} == {parent.info.run_id}
