@@ -92,6 +92,32 @@ def test_the_measured_field_is_within_the_promised_one_whatever_norms_see() -> N
         assert measured_field(network, params, gflop_per_megavoxel=1e9) is None
 
 
+def test_the_field_of_plus_unet_bounds_what_is_measured() -> None:
+    levels = {"widths": (8, 8), "kernels": ((1, 3, 3), (3, 3, 3)), "pools": ((1, 2, 2),)}
+    params = NetworkParams(name="plus_unet", stem_zyx=(1, 1, 1), squeeze_excite=True, **levels)
+    measured = measured_field(build_network(params), params, gflop_per_megavoxel=1.0)
+    field = params.receptive_field_zyx()
+    assert measured is not None
+    assert all(m <= f for m, f in zip(measured, field, strict=True)), (measured, field)
+    assert all(m > f // 2 for m, f in zip(measured, field, strict=True)), (measured, field)
+
+
+def test_the_incumbents_network_costs_what_its_authors_code_costs() -> None:
+    """270 GFLOP per megavoxel and 4.1 million parameters, as counted on the incumbent's own code."""
+    params = NetworkParams(
+        name="plus_unet",
+        stem_zyx=(1, 1, 1),
+        widths=(32, 64, 96, 128, 192),
+        kernels=((1, 3, 3),) * 3 + ((3, 3, 3),) * 2,
+        pools=((1, 2, 2),) * 2 + ((2, 2, 2),) * 2,
+        activation="elu",
+        squeeze_excite=True,
+    )
+    network = build_network(params)
+    assert sum(weight.numel() for weight in network.parameters()) / 1e6 == pytest.approx(4.1, abs=0.05)
+    assert gflop_per_megavoxel(network, (8, 256, 256)) == pytest.approx(270, rel=0.02)
+
+
 def _report(**changes: Any) -> NetworkReport:
     report = report_on(SMALL, train=FLOAT32, patch_zyx=(8, 64, 64), device=CPU)
     return NetworkReport(**{**vars(report), **changes})

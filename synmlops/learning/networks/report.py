@@ -9,16 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from synmlops.learning.networks import fast_norm
 from synmlops.learning.networks.layers import SqueezeExcite
+from synmlops.learning.networks.plus_unet import NonLocal
 from synmlops.learning.networks.registry import build_network
 from synmlops.learning.predict import autocast
 from synmlops.learning_params import NetworkParams, TrainParams
 from synmlops.section import Zyx
 
-AFFORDABLE_GFLOP = 400.0
+AFFORDABLE_GFLOP = 100.0
 """Most arithmetic for measuring a receptive field: some seconds on two cores."""
 
-_STATISTICS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, SqueezeExcite)
+_STATISTICS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, NonLocal)
+_EXCITES = (SqueezeExcite, fast_norm.SqueezeExcite)
 _OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "sgd": 1}
 
 
@@ -146,21 +149,26 @@ def measured_field(network: nn.Module, params: NetworkParams, *, gflop_per_megav
     """Find how wide the input is that moves the middle output voxel of a network, along z, y and x.
 
     Gradients are followed through a copy whose norms are in evaluation mode; group and instance norm and
-    squeeze-excite, which see a whole patch's means, are left out of it. What is found is a lower bound,
-    since some gradients vanish.
+    squeeze-excite, which see a whole patch's means, and the non-local block are left out of it. What is found
+    is a lower bound, since some gradients vanish.
 
     Returns
     -------
     width_zyx : tuple of int or None
-        None if it would take more than `AFFORDABLE_GFLOP`.
+        None if it would take more than `AFFORDABLE_GFLOP`, or the network cannot run in double precision.
     """
     pool, field = params.total_pool_zyx(), params.receptive_field_zyx()
     z, y, x = ((f // p + 3) * p for f, p in zip(field, pool, strict=True))  # so that more would be seen
-    if 3 * gflop_per_megavoxel * z * y * x / 1e6 > AFFORDABLE_GFLOP:
+    if 2 * gflop_per_megavoxel * z * y * x / 1e6 > AFFORDABLE_GFLOP:
         return None
-    bare = _without_statistics(copy.deepcopy(network)).eval()
-    image = torch.randn(1, 1, z, y, x, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    bare(image)[0, :, z // 2, y // 2, x // 2].sum().backward()
+    # in double precision, since fast float32 convolutions leave round-off beside what they reach
+    bare = _without_statistics(copy.deepcopy(network)).double().eval().requires_grad_(False)
+    image = torch.randn(1, 1, z, y, x, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    image.requires_grad_()
+    try:
+        bare(image)[0, :, z // 2, y // 2, x // 2].sum().backward()
+    except (NotImplementedError, RuntimeError):
+        return None  # a network that is made for float32 alone
     assert image.grad is not None
     at = image.grad[0, 0].nonzero()
     if not len(at):
@@ -174,6 +182,8 @@ def _without_statistics(network: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if isinstance(child, _STATISTICS):
                 setattr(module, name, nn.Identity())
+            elif isinstance(child, _EXCITES):
+                setattr(module, name, None)  # as a block without it
     return network
 
 

@@ -38,7 +38,7 @@ def lines_of(report: NetworkReport, *, batch: int, voxel_nm: Nm | None) -> list[
         ("receptive field, at most", _extent(report.field_zyx, voxel_nm)),
         (
             "receptive field, by gradients",
-            "not measured: it would take long"
+            "not measured: too long, or not possible in double precision"
             if report.measured_zyx is None
             else _extent(report.measured_zyx, voxel_nm),
         ),
