@@ -49,7 +49,8 @@ class Kernels:
         """
         assert self.library is not None
         values = [_as_argument(value) for value in (*arguments, torch.get_num_threads())]
-        getattr(self.library, name)(*values)
+        with torch.profiler.record_function(name):
+            getattr(self.library, name)(*values)
 
 
 def kernels() -> Kernels:
