@@ -15,7 +15,7 @@ from synmlops.learning.networks.plus_unet import NonLocal
 from synmlops.learning.networks.registry import build_network
 from synmlops.learning.predict import autocast
 from synmlops.learning_params import NetworkParams, TrainParams
-from synmlops.section import Zyx
+from synmlops.section import SynmlopsError, Zyx
 
 AFFORDABLE_GFLOP = 100.0
 """Most arithmetic for measuring a receptive field: some seconds on two cores."""
@@ -94,7 +94,7 @@ def report_on(
     Raises
     ------
     SynmlopsError
-        If the network cannot be built.
+        If the network cannot be built, or a GPU's memory does not hold a single patch.
     """
     built = build_network(network)
     gflop = gflop_per_megavoxel(built, patch_zyx)
@@ -214,7 +214,14 @@ def training_memory(
 def _peak_on_gpu(network: nn.Module, image: Tensor, train: TrainParams) -> int:
     torch.cuda.reset_peak_memory_stats(image.device)
     before = torch.cuda.memory_allocated(image.device)
-    _loss(network, image, train).backward()  # type: ignore[no-untyped-call]
+    try:
+        _loss(network, image, train).backward()  # type: ignore[no-untyped-call]
+    except torch.OutOfMemoryError as error:
+        size = " x ".join(map(str, image.shape[2:]))
+        raise SynmlopsError(
+            f"sampling.patch_zyx: one patch of {size} voxels does not fit the memory of "
+            f"{torch.cuda.get_device_name(image.device)}; lower it (here: --patch) or network.widths"
+        ) from error
     return torch.cuda.max_memory_allocated(image.device) - before
 
 
