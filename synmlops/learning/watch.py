@@ -95,6 +95,11 @@ class Watch:
             is_plain = self._rank == 0 and isinstance(error, SynmlopsError)  # all may meet the same at once
             if reason is None or reason.rank == self._rank or is_plain:
                 self._say_mine(error)
+                if _is_of_a_lost_peer(error):
+                    raise RuntimeError(
+                        "another process ended without a word: it was killed, or its machine went down "
+                        f"({str(error).partition(chr(10))[0]})"
+                    ) from None
                 raise
             if self._rank == 0:
                 raise reason.as_error() from None
@@ -203,6 +208,13 @@ def open_watch(*, rank: int, n_ranks: int, prefix: str) -> Watch:
         timeout=timedelta(seconds=60),
     )
     return Watch(PrefixStore(f"{prefix}_watch", store), rank=rank, n_ranks=n_ranks)
+
+
+def _is_of_a_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed since its other end is gone."""
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("by peer", "NCCL", "Connection refused", "Broken pipe")
+    )
 
 
 def _kind_of(error: BaseException) -> Literal["mendable", "crash", "ended"]:

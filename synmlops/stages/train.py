@@ -109,11 +109,11 @@ def run_as(
     facts = _facts_of(params, manifest)
     states = project_root() / ".synmlops" / "checkpoints" / digest_of(facts)
     training = _Training(params, recipe, manifest, facts, states)
-    ranks.agree(facts)
     if ranks.is_first:
         if resume is not None and not restarts_so_far():  # a group started again has gone further by itself
             adopt(resume, folder=states, facts=facts, folds=[fold.name for fold in manifest.folds])
         return _train_as_first(training, ranks, out=out, watch=watch, nested=nested)
+    ranks.agree(facts)
     for fold in manifest.folds:
         _fit_fold(training, fold, ranks=ranks, observer=_Silent(), run_key="")
     return None
@@ -143,6 +143,7 @@ def _train_as_first(
         ranks.together(),
     ):
         ranks.when_ended(lambda reason: _end_as_failed(run, reason))
+        ranks.agree(training.facts)  # here, so that the run says why it failed
         with plain_write_errors(key_file):
             training.states.mkdir(parents=True, exist_ok=True)
             key_file.write_text(run.record.key)
