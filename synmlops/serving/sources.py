@@ -89,6 +89,8 @@ def requirements(network: str) -> list[str]:
 def imports_of(source: Source) -> set[str]:
     """Give the dotted names a file imports, at its top or inside of functions; `from a import b` gives a.b.
 
+    Relative imports are left out: this package has none, and a user's package comes along as a whole.
+
     Examples
     --------
     >>> sorted(imports_of(Source(MODEL_CODE, MODEL_CODE.parents[2])))
@@ -98,10 +100,8 @@ def imports_of(source: Source) -> set[str]:
     for node in ast.walk(ast.parse(source.file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            above = source.place.parts[: -node.level] if node.level else ()
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            names |= {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
