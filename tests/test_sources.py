@@ -51,7 +51,7 @@ def test_a_users_module_brings_its_package_and_what_that_imports(beside: Write, 
         {
             "a_pkg/__init__.py": "",
             "a_pkg/deep/__init__.py": "",
-            "a_pkg/deep/net.py": "from ..parts import block\nimport a_beside, psutil, json, synmlops.only_beside",
+            "a_pkg/deep/net.py": "from ..parts import block\nimport a_beside, psutil, synmlops.only_beside",
             "a_pkg/parts.py": "block = 1",
             "a_pkg/lazily_imported.py": "",
             "a_beside.py": "from a_further import thing",
