@@ -1,6 +1,7 @@
 """Resume checkpoints of a training: numbered by step, the newest two kept, one before behind a broken one."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from synmlops.params import SynmlopsError
 from synmlops.progress import say
 
 KEPT = 2
+ROOM_BYTES = 2**20
 _NAME = re.compile(r"step_(\d+)\.pt")
 
 
@@ -27,14 +29,28 @@ class States:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint and drop all but the newest two.
 
+        Where there is no room for three, the older one makes room first.
+
         Raises
         ------
         SynmlopsError
-            If it cannot be written; those before are as they were.
+            If it cannot be written all the same; the newest is as it was, and what the older one took is
+            free for the record of the failure.
         """
-        save_state(self.folder / f"step_{step:08d}.pt", state)
-        for path in self.paths()[KEPT:]:
-            path.unlink()
+        path = self.folder / f"step_{step:08d}.pt"
+        try:
+            save_state(path, state)
+        except SynmlopsError:
+            if len(self.paths()) < KEPT:
+                raise
+            self._drop(keep=1)
+            save_state(path, state)
+        self._drop(keep=KEPT)
+
+    def make_room(self) -> None:
+        """Drop all but the newest if the disk is all but full, so that a failure can be put on record."""
+        if self.folder.exists() and shutil.disk_usage(self.folder).free < ROOM_BYTES:
+            self._drop(keep=1)
 
     def load(self) -> dict[str, Any] | None:
         """Read the newest checkpoint that is whole; None if there is none at all.
@@ -60,6 +76,10 @@ class States:
             else:
                 return None if state is None else (path, state)
         return None
+
+    def _drop(self, *, keep: int) -> None:
+        for path in self.paths()[keep:]:
+            path.unlink(missing_ok=True)
 
     def paths(self) -> list[Path]:
         """Give the files, newest first."""

@@ -20,7 +20,7 @@ from synmlops.learning.predict import predict
 from synmlops.learning.resume import KEY_FILE, Facts, adopt, digest_of, facts_of
 from synmlops.learning.sampling import LabelledRegion, train_regions
 from synmlops.learning.states import States
-from synmlops.params import CHANNELS, InferParams, Params, sections
+from synmlops.params import CHANNELS, InferParams, Params, SynmlopsError, sections
 from synmlops.progress import Report, say, track
 from synmlops.synapses.voxels import Histogram, add_by_key, voxel_histograms
 from synmlops.tracking.lineage import project_root
@@ -140,6 +140,7 @@ def _train_as_first(
             from_step=_steps_done(training) if key else None,
             nested=nested,
         ) as run,
+        _room_for_the_record(training),
         ranks.together(),
     ):
         ranks.when_ended(lambda reason: _end_as_failed(run, reason))
@@ -176,6 +177,17 @@ def _kept_until_over(states: Path) -> Iterator[None]:
         shutil.rmtree(states)
         raise
     shutil.rmtree(states)
+
+
+@contextmanager
+def _room_for_the_record(training: _Training) -> Iterator[None]:
+    """See that a full disk can still take the line that says so."""
+    try:
+        yield
+    except SynmlopsError:
+        for fold in training.manifest.folds:
+            States(training.states / fold.name).make_room()
+        raise
 
 
 def _end_as_failed(run: StageRun, reason: str) -> None:

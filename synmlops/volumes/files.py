@@ -199,8 +199,11 @@ def _flush(path: Path) -> None:
 
 
 def _concerns(error: OSError | RuntimeError, path: Path, own: tuple[Path, ...]) -> bool:
-    name = error.filename if isinstance(error, OSError) else None
-    if not isinstance(name, str | Path):
+    names = (error.filename, error.filename2) if isinstance(error, OSError) else ()  # a copy names both ends
+    named = [Path(name) for name in names if isinstance(name, str | Path)]
+    if not named:
         return True
-    named = Path(name)
-    return named in (path, *path.parents) or any(named == place or place in named.parents for place in own)
+    return any(
+        one in (path, *path.parents) or any(one == place or place in one.parents for place in own)
+        for one in named
+    )
