@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,8 @@ def test_threads_of_the_feed_compute_alone_and_leave_others_their_number(
         with _feed(_region(tiny_project)) as feed:
             assert [feed._pool.submit(torch.get_num_threads).result() for _ in range(4)] == [1] * 4
             assert torch.get_num_threads() == 3
+            with ThreadPoolExecutor(1) as later:
+                assert later.submit(torch.get_num_threads).result() == 3
     finally:
         torch.set_num_threads(before)
 

@@ -77,21 +77,24 @@ def test_weights_are_those_of_the_loss(tiny_project: TinyProject) -> None:
     np.testing.assert_allclose(look.weight, expected, rtol=1e-5)
 
 
-def test_targets_are_drawn_over_the_image_and_nowhere_else(tiny_project: TinyProject, tmp_path: Path) -> None:
-    out = tmp_path / "sheet.png"
-    run(alone_params(tiny_project, "flip"), prepared=tiny_project.prepared, out=out, step=1, n=1)
-    pixels = _pixels(out)[80:]  # below the legend
-    width = pixels.shape[1] // 5
+def test_targets_are_drawn_over_their_image_and_nowhere_else(
+    tiny_project: TinyProject, tmp_path: Path
+) -> None:
+    """A quarter turn swaps y and x, and so the outlines; 24 voxels take 240 pixels."""
+    out, params = tmp_path / "sheet.png", tiny_project.params
+    params = params.model_copy(update={"augment": alone(params.augment, "quarter_turn")})
+    run(params, prepared=tiny_project.prepared, out=out, step=1, n=1)
+    pixels = _pixels(out)[100:340]  # below legend and title; above the cuts along z
     for side in ("pre", "post"):
-        per_column = [
-            (pixels[:, n * width : (n + 1) * width] == ImageColor.getrgb(COLOURS[side])).all(axis=-1).sum()
-            for n in range(5)
-        ]
-        assert [count > 0 for count in per_column] == [False, True, False, True, False]
-
-
-def alone_params(project: TinyProject, name: str) -> Params:
-    return project.params.model_copy(update={"augment": alone(project.params.augment, name)})
+        is_side = (pixels == ImageColor.getrgb(COLOURS[side])).all(axis=-1)
+        image, target, seen_image, seen_target, weight = (
+            is_side[:, 10 + n * 250 :][:, 8:232]
+            for n in range(5)  # without the ticks
+        )
+        assert target.any()
+        assert not any(tile.any() for tile in (image, seen_image, weight))
+        assert (seen_target[8:232] == target[8:232].T).all()
+        assert (seen_target != target).any()
 
 
 def test_command(tiny_project: TinyProject, tmp_path: Path) -> None:
