@@ -243,7 +243,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--foreground", type=float, default=0.006, help="share of the voxels")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of a turn")
-    parser.add_argument("--styles", nargs="*", choices=get_args(Style), default=["stock", "fused"])
+    parser.add_argument("--styles", nargs="*", choices=get_args(Style), default=list(get_args(Style)))
     parser.add_argument("--cost-patches", type=int, default=40, help="patches for each row of the cost table")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)  # of the main process and, by inheritance, of all others

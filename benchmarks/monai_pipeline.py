@@ -2,8 +2,9 @@
 
 Three styles, all flipping on uint8 before anything is converted, all with metadata tracking off:
 
-- "volume": patches are 1 x 8 x 256 x 256, and `RandAffined` and `Rand3DElasticd` resample in three
-  dimensions, as PyTorch Connectomics' newest release does (its `augment/build.py`), with its elastic ranges;
+- "volume": patches are 1 x 8 x 256 x 256, the shape that MONAI documents for volumes; `RandAffined` turns and
+  zooms in plane by resampling in three dimensions. Only `Rand2DElasticd` takes sections as channels:
+  `Rand3DElasticd`, which PyTorch Connectomics' newest release uses, also bends along z and takes far longer;
 - "stock": sections are channels, so that `RandAffined` and `Rand2DElasticd` deform in plane, all sections
   alike, as synmlops does;
 - "fused": the fastest that we could write with MONAI's parts: rotation, zoom and elastic deformation share
@@ -38,7 +39,6 @@ from monai.transforms import (
     NormalizeIntensityd,
     OneOf,
     Rand2DElasticd,
-    Rand3DElasticd,
     RandAdjustContrastd,
     RandAffined,
     RandFlipd,
@@ -48,6 +48,7 @@ from monai.transforms import (
     RandScaleIntensityd,
     RandShiftIntensityd,
     RandSpatialCropd,
+    SqueezeDimd,
 )
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -173,10 +174,11 @@ def _geometry(augment: AugmentParams, style: Style) -> list[Any]:
         ],
     )
     bent = {"prob": augment.elastic.probability, **PADDING}
-    if style == "volume":
-        return [affine, Rand3DElasticd(KEYS, sigma_range=(5, 8), magnitude_range=(50, 150), **bent)]
     spacing, displacement = (int(augment.elastic.spacing),) * 2, (augment.elastic.displacement,) * 2
-    return [affine, Rand2DElasticd(KEYS, spacing=spacing, magnitude_range=displacement, **bent)]
+    elastic = Rand2DElasticd(KEYS, spacing=spacing, magnitude_range=displacement, **bent)
+    if style == "stock":
+        return [affine, elastic]
+    return [affine, SqueezeDimd(KEYS), elastic, Lambdad(KEYS, lambda voxels: voxels[None])]
 
 
 def _blur(augment: AugmentParams, style: Style) -> RandGaussianSmoothd:
