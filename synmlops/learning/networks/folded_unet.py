@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from synmlops.learning.networks.layers import Conv3d, fold_voxels, same_padding, unfold_voxels
+from synmlops.learning.networks.layers import Conv3d, fold_voxels, same_convolution, unfold_voxels
 from synmlops.learning_params import NetworkParams
 from synmlops.section import CHANNELS
 
@@ -32,7 +32,7 @@ class FoldedUNet(nn.Module):
         widths, kernels, pools = params.widths, params.kernels, params.pools
         self.fold = params.stem_zyx
         folded = math.prod(self.fold)
-        self.stem = Conv3d(folded, widths[0], kernels[0], padding=same_padding(kernels[0]))
+        self.stem = same_convolution(folded, widths[0], kernels[0])
         self.down_blocks = nn.ModuleList(down(w, k, params) for w, k in zip(widths, kernels, strict=True))
         self.up_blocks = nn.ModuleList(
             up(w, k, params) for w, k in zip(widths[:-1], kernels[:-1], strict=True)

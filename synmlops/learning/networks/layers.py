@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from synmlops.learning.networks import fast_conv
+from synmlops.learning.networks.native import LANE
 from synmlops.learning_params import NetworkParams
 
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -35,9 +37,9 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         second = second or kernel
-        self.conv1 = Conv3d(width, width, kernel, padding=same_padding(kernel), bias=False)
+        self.conv1 = same_convolution(width, width, kernel, bias=False)
         self.norm1 = norm_of(params.norm, width)
-        self.conv2 = Conv3d(width, width, second, padding=same_padding(second), bias=False)
+        self.conv2 = same_convolution(width, width, second, bias=False)
         self.norm2 = norm_of(params.norm, width)
         self.activation = activation_of(params.activation)
         self.excite = SqueezeExcite(width, params) if params.squeeze_excite else None
@@ -160,6 +162,19 @@ def unfold_voxels(x: Tensor, block_zyx: tuple[int, int, int]) -> Tensor:
     n, c, z, y, x_size = x.shape
     blocks = x.reshape(n, c // (bz * by * bx), bz, by, bx, z, y, x_size)
     return blocks.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(n, -1, z * bz, y * by, x_size * bx)
+
+
+def same_convolution(
+    channels_in: int, channels_out: int, kernel: tuple[int, int, int], *, bias: bool = True
+) -> nn.Conv3d:
+    """Build a convolution that keeps the shape, with zeros beyond the border.
+
+    Where the channels suit the compiled kernels it runs those: on a CPU they take about half the time of
+    oneDNN's convolutions, backward included.
+    """
+    if channels_in % LANE == channels_out % LANE == 0:
+        return fast_conv.Conv3d(channels_in, channels_out, kernel, border="zeros", bias=bias)
+    return Conv3d(channels_in, channels_out, kernel, padding=same_padding(kernel), bias=bias)
 
 
 def same_padding(kernel: tuple[int, int, int]) -> tuple[int, int, int]:
