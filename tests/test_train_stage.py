@@ -18,7 +18,20 @@ from safetensors.torch import load_file
 from tiny import TinyProject
 from tracking_tools import migrated_store
 
+from synmlops.learning.networks.registry import build_network
+
 TOOLS = Path(__file__).parent
+
+FULL_DISK = """
+mount -t tmpfs -o size=8m tmpfs . && cd "$PWD"
+cp -r "$1"/. . && shift
+dd if=/dev/zero of=fill bs=1k count=$(( $(df -k --output=avail . | tail -1) - ROOM )) 2>/dev/null
+"$@"; echo "left with $?"
+ls .synmlops/checkpoints/*/all; echo; cp .synmlops/mlflow.db "$OUT/full.db"
+rm fill
+"$@"; echo "left with $?"
+cp .synmlops/mlflow.db "$OUT/after.db"
+"""
 
 # Imports once, then trains in children that it kills: seconds are spent on training, not on imports.
 KILLER = """
@@ -60,6 +73,32 @@ for number in (signal.SIGKILL, signal.SIGTERM) * 2:
 else:
     assert end(begin("killed")) == 0
 """
+
+
+@dataclass(frozen=True)
+class Record:
+    """What MLflow was told, as it lies in its store."""
+
+    store: Path
+
+    def query(self, sql: str) -> list[tuple[object, ...]]:
+        with sqlite3.connect(self.store) as store:
+            return store.execute(sql).fetchall()
+
+    def runs(self) -> list[tuple[object, ...]]:
+        """Give id and status of all runs, oldest first."""
+        return self.query("select run_uuid, status from runs order by start_time")
+
+    def points(self, run_id: object) -> list[tuple[object, ...]]:
+        """Give all points of a run that training decides, sorted."""
+        return self.query(
+            f"select key, step, value from metrics where run_uuid = '{run_id}' and key not like 'system/%' "
+            "and key != 'patches_per_s' order by key, step"
+        )
+
+    def tag(self, run_id: object, name: str) -> object:
+        found = self.query(f"select value from tags where run_uuid = '{run_id}' and key = '{name}'")
+        return found[0][0] if found else None
 
 
 @dataclass(frozen=True)
@@ -111,24 +150,9 @@ class Project:
         command = (sys.executable, "-m", "synmlops", "train", "--prepared", str(self.prepared), "--out", out)
         return self.run(*command, *flags, code=code, **env)
 
-    def query(self, sql: str) -> list[tuple[object, ...]]:
-        with sqlite3.connect(self.root / ".synmlops" / "mlflow.db") as store:
-            return store.execute(sql).fetchall()
-
-    def runs(self) -> list[tuple[object, ...]]:
-        """Give id and status of all runs, oldest first."""
-        return self.query("select run_uuid, status from runs order by start_time")
-
-    def points(self, run_id: object) -> list[tuple[object, ...]]:
-        """Give all points of a run that training decides, sorted."""
-        return self.query(
-            f"select key, step, value from metrics where run_uuid = '{run_id}' and key not like 'system/%' "
-            "and key != 'patches_per_s' order by key, step"
-        )
-
-    def tag(self, run_id: object, name: str) -> object:
-        found = self.query(f"select value from tags where run_uuid = '{run_id}' and key = '{name}'")
-        return found[0][0] if found else None
+    @property
+    def record(self) -> "Record":
+        return Record(self.root / ".synmlops" / "mlflow.db")
 
 
 def _assert_same_models(one: Path, other: Path) -> None:
@@ -147,12 +171,49 @@ def test_killed_at_any_moments_is_never_killed(tiny_project: TinyProject, tmp_pa
     seed = time.time_ns() % 10**6
     said = project.run(sys.executable, "killer.py", str(project.prepared), str(seed))
     _assert_same_models(tmp_path / "whole", tmp_path / "killed")
-    [(whole, status), (killed, killed_status)] = project.runs()
+    [(whole, status), (killed, killed_status)] = project.record.runs()
     assert (status, killed_status) == ("FINISHED", "FINISHED"), f"seed {seed}: {said}"
-    points = project.points(killed)
-    assert points == project.points(whole), f"seed {seed}: {said}"
+    points = project.record.points(killed)
+    assert points == project.record.points(whole), f"seed {seed}: {said}"
     curve = pd.read_csv(tmp_path / "whole" / "history.csv").dropna(subset="loss")
     assert [(step, value) for key, step, value in points if key == "loss"] == list(
         zip(curve["step"], curve["loss"], strict=True)
     )
     assert not list((tmp_path / ".synmlops" / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_error_a_failed_run_and_no_lost_step(
+    tiny_project: TinyProject, tmp_path: Path
+) -> None:
+    """On a real disk with room for one checkpoint and a half; with more room the same run goes on."""
+    source, disk, out = (tmp_path / name for name in ("source", "disk", "out"))
+    for folder in (source, disk, out):
+        folder.mkdir()
+    network = tiny_project.params.network.model_copy(update={"widths": (16, 24)})
+    weights = sum(weight.numel() for weight in build_network(network).parameters())
+    script = FULL_DISK.replace("ROOM", str(round(1.5 * 4 * 4 * weights / 1024)))  # optimiser and average too
+    train = {"steps": 20, "validate_every": 100}
+    Project.make(source, tiny_project, train=train, network={"widths": [16, 24]})
+    where = Project(disk, tiny_project.prepared)
+    command = (sys.executable, "-m", "synmlops", "train", "--prepared", str(where.prepared), "--gpus", "0")
+    if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("no namespaces for users here")
+    said = where.run(
+        *("unshare", "-rm", "sh", "-c", script, "sh", str(source), *command, "--out", str(out)), OUT=str(out)
+    )
+    full, _, after = said.partition("left with 2\n")
+    errors = [line for line in full.splitlines() if line.startswith("synmlops: ")]
+    [(path, _, text)] = [error.partition(".pt: ") for error in errors]
+    assert text.startswith("cannot be written (No space left on device): the disk is full; free some space")
+    assert "Traceback" not in said
+    kept = [int(line[5:13]) for line in after.splitlines() if line.startswith("step_")]
+    assert kept == [4]
+    assert path.endswith("step_00000008")
+    assert after.splitlines()[-1] == "left with 0"
+    [(run, status)] = Record(out / "full.db").runs()
+    assert status == "FAILED"
+    assert "the disk is full" in str(Record(out / "full.db").tag(run, "synmlops.failure"))
+    assert Record(out / "after.db").runs() == [(run, "FINISHED")]
+    losses = [step for key, step, _ in Record(out / "after.db").points(run) if key == "loss"]
+    assert losses == [10, 20]

@@ -7,14 +7,19 @@ import torch
 
 from synmlops.params import SynmlopsError
 
-_SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+_SIGNS = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "could not create a memory")
+_ONEDNN = (
+    "could not create a primitive"  # all of oneDNN's message; where something else is wrong it says more
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    if not isinstance(error, RuntimeError):
+        return False
+    return str(error) == _ONEDNN or any(sign in str(error) for sign in _SIGNS)
 
 
 def fits(work: Callable[[], None]) -> bool:

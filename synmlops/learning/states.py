@@ -1,5 +1,6 @@
 """Resume checkpoints of a training: numbered by step, the newest two kept, one before behind a broken one."""
 
+import errno
 import re
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from synmlops.learning.checkpoint import load_state, save_state
 from synmlops.params import SynmlopsError
 from synmlops.progress import say
+from synmlops.volumes.files import error_number
 
 KEPT = 2
 ROOM_BYTES = 2**20
@@ -40,8 +42,8 @@ class States:
         path = self.folder / f"step_{step:08d}.pt"
         try:
             save_state(path, state)
-        except SynmlopsError:
-            if len(self.paths()) < KEPT:
+        except SynmlopsError as error:
+            if error.__cause__ is None or error_number(error.__cause__) not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             self._drop(keep=1)
             save_state(path, state)
@@ -83,7 +85,9 @@ class States:
 
     def paths(self) -> list[Path]:
         """Give the files, newest first."""
-        found = [path for path in self.folder.glob("step_*.pt") if _NAME.fullmatch(path.name)]
+        found = [
+            path for path in self.folder.glob("step_*.pt") if _NAME.fullmatch(path.name) and path.is_file()
+        ]
         return sorted(found, key=step_of, reverse=True)
 
 

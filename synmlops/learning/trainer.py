@@ -113,15 +113,16 @@ class Trainer:
         """
         recipe, ranks = self.recipe, self.ranks
         torch.manual_seed(_noise_seed(recipe.seed, self.progress.step, ranks.rank))  # for layers that draw
-        targets, valid = targets_of(batch.sides, batch.known)
+        _, valid = targets_of(batch.sides, batch.known)
         totals = Totals.of(valid, sum_over_ranks=ranks.sum, n_parts=self._n_parts)
+        del valid  # which takes more memory than the batch
         self.network.train()
         self.optimizer.zero_grad()
-        parts = zip(*(whole.chunk(self._n_parts) for whole in (batch.image, targets, valid)), strict=True)
+        whole = batch.image, batch.sides, batch.known
         losses = []
-        for number, (image, target, mask) in enumerate(parts, start=1):
+        for number, part in enumerate(zip(*(x.chunk(self._n_parts) for x in whole), strict=True), start=1):
             with nullcontext() if number == self._n_parts else self._unsynced():
-                losses.append(self._backward(image, target, mask, totals=totals))
+                losses.append(self._backward(*part, totals=totals))
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.train.gradient_clip)
         total = torch.stack([loss.total.detach() for loss in losses]).sum()
         self._move(torch.isfinite(total) & torch.isfinite(norm))
@@ -244,8 +245,9 @@ class Trainer:
         fitting = largest_batch(self._try_batch, below=demand.part)
         return out_of_memory(demand, fitting=fitting, step=self.progress.step)
 
-    def _backward(self, image: Tensor, targets: Tensor, valid: Tensor, *, totals: Totals) -> LossTerms:
+    def _backward(self, image: Tensor, sides: Tensor, known: Tensor, *, totals: Totals) -> LossTerms:
         ranks = self.ranks
+        targets, valid = targets_of(sides, known)
         with autocast(ranks.device, self.recipe.train.precision):
             logits = self._wrapped(image[:, None])
         self.collapse.add(logits if isinstance(logits, Tensor) else logits[0], targets, valid)
@@ -299,13 +301,14 @@ class Trainer:
 
     def _try_batch(self, n: int) -> None:
         """Do one pass of `n` empty patches, by a network of its own: DDP would wait for the other ranks."""
-        recipe, device = self.recipe, self.ranks.device
+        recipe, ranks, device = self.recipe, self.ranks, self.ranks.device
         network = build_network(recipe.network).to(device).train()
-        shape = (n, *recipe.sampling.patch_zyx)
+        share = (recipe.sampling.batch_size // ranks.n_ranks, *recipe.sampling.patch_zyx)
+        image = torch.zeros(share, device=device)
         known = torch.ones((n, 3), dtype=torch.bool, device=device)
-        targets, valid = targets_of(torch.zeros(shape, dtype=torch.uint8, device=device), known)
+        targets, valid = targets_of(torch.zeros(share, dtype=torch.uint8, device=device)[:n], known)
         with autocast(device, recipe.train.precision):
-            logits = network(torch.zeros(shape, device=device)[:, None])
+            logits = network(image[:n, None])
         compute_loss(logits, targets, valid, params=recipe.loss).total.backward()  # type: ignore[no-untyped-call]
 
     def _for_ranks(self, network: nn.Module) -> nn.Module:
