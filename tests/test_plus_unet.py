@@ -190,6 +190,22 @@ def test_upsampling_and_its_gradients() -> None:
 
 
 @needs_kernels
+def test_under_autocast_kernels_compute_in_float32() -> None:
+    """Weights in bf16 would be taken for float32 by what knows float32 alone."""
+    network, image = build_network(PLUS), torch.randn(1, 1, 4, 32, 32)
+    results = []
+    for enabled in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = network(image)
+            logits.square().mean().backward()
+        assert logits.dtype == torch.float32
+        results.append([logits.detach(), *(w.grad for w in network.parameters() if w.grad is not None)])
+    for exact, rough in zip(*results, strict=True):
+        assert (exact - rough).norm() <= 0.05 * exact.norm() + 1e-6
+
+
+@needs_kernels
 def test_results_do_not_vary_between_runs() -> None:
     """A resumed run has to go the way that an uninterrupted one goes."""
     network, image = build_network(PLUS), torch.randn(1, 1, 4, 48, 48)

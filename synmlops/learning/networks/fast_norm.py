@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
@@ -148,6 +149,7 @@ def _of_batch(norm: nn.BatchNorm3d, sums: Tensor, voxels: int) -> tuple[Tensor, 
 
 class _ScaleShift(torch.autograd.Function):
     @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
     def forward(
         ctx: Any, x: Tensor, other: Tensor | None, coefficients: Coefficients, kind: str, *params: Tensor
     ) -> Tensor:
@@ -155,7 +157,7 @@ class _ScaleShift(torch.autograd.Function):
         form = (len(x), x.shape[2:].numel(), x.shape[1])
         sums = torch.empty(form[0], 2, form[2], dtype=torch.float64)
         kernels().call("moments", x, sums, *form)
-        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        with torch.enable_grad():
             sums.requires_grad_(any(ctx.needs_input_grad))
             scale, shift = coefficients(sums)
         y = torch.empty_like(x)
@@ -166,7 +168,8 @@ class _ScaleShift(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    @custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, y = ctx.saved_tensors
         grad, kind, form = dense(grad), _KINDS[ctx.kind], ctx.form
         before = torch.empty_like(x) if ctx.needs_input_grad[1] else None

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
@@ -50,6 +51,7 @@ def _along_z(low: Tensor, depth: int) -> Tensor:
 
 class _UpsampleAdd(torch.autograd.Function):
     @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
     def forward(ctx: Any, base: Tensor, *lows: Tensor) -> Tensor:
         base = dense(base)
         n, channels, depth, height, width = base.shape
@@ -63,7 +65,8 @@ class _UpsampleAdd(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    @custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         grad = dense(grad)
         n, channels, depth, height, width = grad.shape
         of_lows = []

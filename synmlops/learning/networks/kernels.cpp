@@ -27,6 +27,7 @@ constexpr int kPanel = 2 * kWide;  // columns of a register block
 constexpr int kRows = 6;           // rows of a register block
 constexpr int kTile = 4, kWindow = 6, kFreq = kWindow * kWindow;
 constexpr int kBlock = 24;  // tiles in a block: its transforms fit the second-level cache
+constexpr int kApart = 16;  // floats between the matrices of a block, lest they fall into the same cache sets
 
 inline Lane load(const float* p) { return *reinterpret_cast<const Lane*>(p); }
 inline void store(float* p, Lane v) { *reinterpret_cast<Lane*>(p) = v; }
@@ -96,24 +97,14 @@ inline void gradient_line(const Lane (&y)[kTile], Lane (&m)[kWindow]) {  // the 
   m[5] = y[3];
 }
 
-// Window of 6 x 6 voxels from (top, left) to 36 values a channel, `step` floats apart.
-void transform_input(const float* plane, const Grid& g, Int channels, Int top, Int left, bool clamp,
-                     float* out, Int step) {
-  const float* at[kWindow][kWindow];
-  bool inside = true;
-  for (int i = 0; i < kWindow; ++i)
-    for (int j = 0; j < kWindow; ++j) {
-      Int y = top + i, x = left + j;
-      const bool in = y >= 0 && y < g.height && x >= 0 && x < g.width;
-      inside = inside && (in || clamp);
-      y = std::clamp<Int>(y, 0, g.height - 1), x = std::clamp<Int>(x, 0, g.width - 1);
-      at[i][j] = in || clamp ? plane + (y * g.width + x) * channels : nullptr;
-    }
+// Window of 6 x 6 voxels, which voxel(i, j, channel) loads, to 36 values a channel, `step` floats apart.
+template <class Voxel>
+inline void transform_window(Voxel voxel, Int channels, float* out, Int step) {
   for (Int c = 0; c < channels; c += kLane) {
     Lane half[kWindow][kWindow];
     for (int j = 0; j < kWindow; ++j) {
       Lane d[kWindow], v[kWindow];
-      for (int i = 0; i < kWindow; ++i) d[i] = inside || at[i][j] ? load(at[i][j] + c) : Lane{};
+      for (int i = 0; i < kWindow; ++i) d[i] = voxel(i, j, c);
       input_line(d, v);
       for (int i = 0; i < kWindow; ++i) half[i][j] = v[i];
     }
@@ -125,11 +116,30 @@ void transform_input(const float* plane, const Grid& g, Int channels, Int top, I
   }
 }
 
-// 36 values a channel to a tile of 4 x 4 voxels; what lies outside is folded onto the border or dropped.
-void transform_output(const float* m, Int step, const Grid& g, Int channels, Int top, Int left,
-                      float* plane) {
-  const bool whole = top > 0 && left > 0 && top + kTile < g.height && left + kTile < g.width;
-  const bool fold = g.origin < 0;
+// The window from (top, left), continued beyond the border.
+void transform_input(const float* plane, const Grid& g, Int channels, Int top, Int left, bool clamp,
+                     float* out, Int step) {
+  if (top >= 0 && left >= 0 && top + kWindow <= g.height && left + kWindow <= g.width) {
+    const float* corner = plane + (top * g.width + left) * channels;
+    const Int line = g.width * channels;
+    transform_window([=](Int i, Int j, Int c) { return load(corner + i * line + j * channels + c); }, channels,
+                     out, step);
+    return;
+  }
+  const float* at[kWindow][kWindow];
+  for (int i = 0; i < kWindow; ++i)
+    for (int j = 0; j < kWindow; ++j) {
+      const Int y = std::clamp<Int>(top + i, 0, g.height - 1), x = std::clamp<Int>(left + j, 0, g.width - 1);
+      const bool in = y == top + i && x == left + j;
+      at[i][j] = in || clamp ? plane + (y * g.width + x) * channels : nullptr;
+    }
+  transform_window([&](Int i, Int j, Int c) { return at[i][j] ? load(at[i][j] + c) : Lane{}; }, channels, out,
+                   step);
+}
+
+// 36 values a channel to a tile of 4 x 4 voxels, which voxel(i, j, channel, value) stores.
+template <class Voxel>
+inline void transform_tile(const float* m, Int step, Int channels, Voxel voxel) {
   for (Int c = 0; c < channels; c += kLane) {
     Lane half[kTile][kWindow];
     for (int j = 0; j < kWindow; ++j) {
@@ -141,32 +151,44 @@ void transform_output(const float* m, Int step, const Grid& g, Int channels, Int
     for (int i = 0; i < kTile; ++i) {
       Lane out[kTile];
       output_line(half[i], out);
-      for (int j = 0; j < kTile; ++j) {
-        const Int y = std::clamp<Int>(top + i, 0, g.height - 1), x = std::clamp<Int>(left + j, 0, g.width - 1);
-        float* target = plane + (y * g.width + x) * channels + c;
-        if (whole) {
-          store(target, out[j]);
-        } else if (fold) {
-          if (top + i > g.height || left + j > g.width) continue;
-          const bool edge = y == 0 || x == 0 || y == g.height - 1 || x == g.width - 1;
-          store(target, edge ? load(target) + out[j] : out[j]);
-        } else if (top + i == y && left + j == x) {
-          store(target, out[j]);
-        }
-      }
+      for (int j = 0; j < kTile; ++j) voxel(i, j, c, out[j]);
     }
   }
+}
+
+// The tile at (top, left); what lies outside is folded onto the border or dropped.
+void transform_output(const float* m, Int step, const Grid& g, Int channels, Int top, Int left,
+                      float* plane) {
+  if (top > 0 && left > 0 && top + kTile < g.height && left + kTile < g.width) {
+    float* corner = plane + (top * g.width + left) * channels;
+    const Int line = g.width * channels;
+    transform_tile(m, step, channels,
+                   [=](Int i, Int j, Int c, Lane v) { store(corner + i * line + j * channels + c, v); });
+    return;
+  }
+  const bool fold = g.origin < 0;
+  transform_tile(m, step, channels, [&](Int i, Int j, Int c, Lane v) {
+    const Int y = std::clamp<Int>(top + i, 0, g.height - 1), x = std::clamp<Int>(left + j, 0, g.width - 1);
+    float* target = plane + (y * g.width + x) * channels + c;
+    if (fold && top + i <= g.height && left + j <= g.width) {
+      const bool edge = y == 0 || x == 0 || y == g.height - 1 || x == g.width - 1;
+      store(target, edge ? load(target) + v : v);
+    } else if (!fold && top + i == y && left + j == x) {
+      store(target, v);
+    }
+  });
 }
 
 // A tile of 4 x 4 voxels of the output's gradient, zero outside, to 36 values a channel in packed panels.
 void transform_gradient(const float* plane, const Grid& g, Int channels, Int top, Int left, float* out,
                         Int step, Int row) {
+  const bool inside = top + kTile <= g.height && left + kTile <= g.width;
   for (Int c = 0; c < channels; c += kLane) {
     Lane half[kWindow][kTile];
     for (int j = 0; j < kTile; ++j) {
       Lane d[kTile], v[kWindow];
       for (int i = 0; i < kTile; ++i) {
-        const bool in = top + i < g.height && left + j < g.width;
+        const bool in = inside || (top + i < g.height && left + j < g.width);
         d[i] = in ? load(plane + ((top + i) * g.width + left + j) * channels + c) : Lane{};
       }
       gradient_line(d, v);
@@ -351,7 +373,8 @@ void convolve(const float* x, const float* u, float* y, const Int* first, const 
   const Int bands = fold && (height + 2) % kTile == 1 ? 1 : std::max<Int>(1, g.rows / 8);
 #pragma omp parallel num_threads(threads)
   {
-    Buffer v(kFreq * kBlock * most * in), m(kFreq * kBlock * out_padded);
+    Buffer v(kFreq * (kBlock * most * in + kApart)), m(kFreq * (kBlock * out_padded + kApart));
+    const Int m_step = kBlock * out_padded + kApart;
     if (fold) {
 #pragma omp for schedule(static)
       for (Int p = 0; p < planes; ++p) clear_edges(y + p * height * width * out, height, width, out);
@@ -361,21 +384,22 @@ void convolve(const float* x, const float* u, float* y, const Int* first, const 
       const Int plane = job / bands, band = job % bands;
       const Int begin = g.rows * band / bands * g.columns, end = g.rows * (band + 1) / bands * g.columns;
       const Int n_pairs = first[plane + 1] - first[plane], ldv = n_pairs * in;
+      const Int v_step = kBlock * ldv + kApart;
       for (Int tile = begin; tile < end; tile += kBlock) {
         const Int count = std::min<Int>(kBlock, end - tile);
         for (Int t = 0; t < count; ++t) {
           const Int top = (tile + t) / g.columns * kTile + g.origin, left = (tile + t) % g.columns * kTile + g.origin;
           for (Int p = 0; p < n_pairs; ++p)
             transform_input(x + source[first[plane] + p] * height * width * in, g, in, top - 1, left - 1, clamp,
-                            v.data + t * ldv + p * in, kBlock * ldv);
+                            v.data + t * ldv + p * in, v_step);
         }
         for (Int f = 0; f < kFreq; ++f)
           for (Int panel = 0; panel < out_padded / kPanel; ++panel)
             for (Int t = 0; t < count; t += kRows)
-              product_rows<kRows>(v.data + (f * kBlock + t) * ldv, ldv, u, pairs, plane, f, panel, in, out_padded,
-                                  m.data + (f * kBlock + t) * out_padded + panel * kPanel);
+              product_rows<kRows>(v.data + f * v_step + t * ldv, ldv, u, pairs, plane, f, panel, in, out_padded,
+                                  m.data + f * m_step + t * out_padded + panel * kPanel);
         for (Int t = 0; t < count; ++t)
-          transform_output(m.data + t * out_padded, kBlock * out_padded, g, out,
+          transform_output(m.data + t * out_padded, m_step, g, out,
                            (tile + t) / g.columns * kTile + g.origin, (tile + t) % g.columns * kTile + g.origin,
                            y + plane * height * width * out);
       }
@@ -397,21 +421,22 @@ void weight_gradient(const float* x, const float* dy, float* du, const Int* firs
   std::memset(du, 0, size * sizeof(float));
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (Int share = 0; share < threads; ++share) {
-    Buffer v(kFreq * kBlock * in), d(kFreq * kBlock * out_padded);
+    const Int v_step = kBlock * in + kApart, d_step = kBlock * out_padded + kApart;
+    Buffer v(kFreq * v_step), d(kFreq * d_step);
     for (Int job = jobs * share / threads; job < jobs * (share + 1) / threads; ++job) {
       const Int plane = job / blocks, tile = job % blocks * kBlock, count = std::min<Int>(kBlock, tiles - tile);
       for (Int t = 0; t < count; ++t)
         transform_gradient(dy + plane * height * width * out, g, out, (tile + t) / g.columns * kTile,
-                           (tile + t) % g.columns * kTile, d.data, kBlock * out_padded, t);
+                           (tile + t) % g.columns * kTile, d.data, d_step, t);
       for (Int p = first[plane]; p < first[plane + 1]; ++p) {
         for (Int t = 0; t < count; ++t)
           transform_input(x + source[p] * height * width * in, g, in, (tile + t) / g.columns * kTile - 1,
-                          (tile + t) % g.columns * kTile - 1, clamp, v.data + t * in, kBlock * in);
+                          (tile + t) % g.columns * kTile - 1, clamp, v.data + t * in, v_step);
         for (Int f = 0; f < kFreq; ++f)
           for (Int panel = 0; panel < out_padded / kPanel; ++panel) {
-            const float* right = d.data + f * kBlock * out_padded + panel * kBlock * kPanel;
+            const float* right = d.data + f * d_step + panel * kBlock * kPanel;
             float* target = sums[share] + ((tap[p] * kFreq + f) * in) * out_padded + panel * kPanel;
-            outer(v.data + f * kBlock * in, in, right, count, target, out_padded);
+            outer(v.data + f * v_step, in, right, count, target, out_padded);
           }
       }
     }
