@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from synmlops.learning.alarms import CollapseWatch
+from synmlops.learning.allocator import keep_freed_memory
 from synmlops.learning.checkpoint import Model, ModelMeta
 from synmlops.learning.distributed import Ranks
 from synmlops.learning.feed import Batch
@@ -83,6 +84,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, *, meta: ModelMeta, ranks: Ranks) -> None:
         self.recipe, self.meta, self.ranks = recipe, meta, ranks
         self._n_parts = _count_parts(recipe, ranks)
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(recipe.seed)
         self.network = self._for_ranks(build_network(recipe.network))
         self.optimizer = build_optimizer(self.network, recipe.train)
