@@ -93,7 +93,15 @@ def _modules_that_can_change(stage: str) -> set[str]:
             continue
         seen.add(path)
         todo += [found for name in _imports(path) if (found := _path_of(name)) is not None]
-    return {str(path.relative_to(ROOT)) for path in seen if path.name != "__init__.py"}
+    compiled = {source for path in seen for source in _sources_named_in(path)}
+    return {str(path.relative_to(ROOT)) for path in seen | compiled if path.name != "__init__.py"}
+
+
+def _sources_named_in(path: Path) -> Iterator[Path]:
+    """Give the C++ files beside a module that it names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(".cpp"):
+            yield path.with_name(node.value)
 
 
 @pytest.mark.parametrize("pipeline", ["dvc.yaml", "examples/vnc/dvc.yaml"])
