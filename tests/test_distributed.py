@@ -1,7 +1,9 @@
 """Training by several processes: started for real, compared with one, killed, and refused."""
 
 import os
+import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -27,20 +29,36 @@ import signal
 from pathlib import Path
 
 if "RANK" in os.environ:  # a worker, not its launcher
-    from synmlops.learning.sampling import PatchSampler
+    from synmlops.learning.feed import Feed
 
-    draw, rank, notes = PatchSampler.draw, os.environ["RANK"], Path(__file__).parent
+    batch, rank, notes = Feed.batch, os.environ["RANK"], Path(__file__).parent
 
-    def draw_or_die(self, step, index):
-        with (notes / f"drawn_{rank}").open("a") as file:
+    def batch_or_die(self, step):
+        with (notes / f"seen_{rank}").open("a") as file:
             file.write(f"{step}\\n")
         dies = notes / f"die_{rank}_{step}"
         if dies.exists():
             dies.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
-        return draw(self, step, index)
+        return batch(self, step)
 
-    PatchSampler.draw = draw_or_die
+    Feed.batch = batch_or_die
+"""
+
+STUMBLE = """
+import os
+
+if os.environ.get("RANK") == "1":
+    from synmlops.learning.feed import Feed
+
+    batch = Feed.batch
+
+    def batch_or_stumble(self, step):
+        if step == 6:
+            raise TypeError("a bug")
+        return batch(self, step)
+
+    Feed.batch = batch_or_stumble
 """
 
 
@@ -58,20 +76,38 @@ def _write_params(folder: Path, project: TinyProject, **sampling: int) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(tree))
 
 
-def _run(
-    root: Path, *command: str, env: dict[str, str] | None = None, timeout: float = 120
-) -> subprocess.CompletedProcess[str]:
+def _start(root: Path, *command: str, env: dict[str, str] | None = None) -> "subprocess.Popen[str]":
     threads = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
     without = {name: value for name, value in os.environ.items() if name not in ("DVC_STAGE", "DVC_ROOT")}
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *command],
         cwd=root,
         env=without | NO_GPUS | threads | (env or {}),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
-        check=False,
     )
+
+
+def _run(root: Path, *command: str, env: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+    process = _start(root, *command, env=env)
+    try:
+        stdout, stderr = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def _runs(root: Path) -> list[tuple[str, str]]:
+    """Give status and reason of failure of all runs of a project."""
+    store = root / ".synmlops" / "mlflow.db"
+    if not store.exists():
+        return []
+    with sqlite3.connect(store) as connection:
+        return connection.execute(
+            "select status, value from runs left join tags on tags.run_uuid = runs.run_uuid "
+            "and tags.key = 'synmlops.failure' order by start_time"
+        ).fetchall()
 
 
 def _train(root: Path, project: TinyProject, out: str, *flags: str, **more: object) -> Path:
@@ -143,11 +179,8 @@ def test_killed_and_restarted_is_never_killed(
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.glob("die_*"))
     assert [f"restart {n} of 3 goes on" in done.stderr for n in (1, 2, 3)] == [True, True, False]
-    drawn = [int(step) for step in (tmp_path / "drawn_0").read_text().split()]
-    assert drawn.count(4) == 1
-    assert drawn.count(5) == 2
-    assert drawn.count(8) == 1
-    assert drawn.count(9) == 2
+    seen = [int(step) for step in (tmp_path / "seen_0").read_text().split()]
+    assert [seen.count(step) for step in (4, 5, 8, 9)] == [1, 2, 1, 2]
     _assert_equal(root / "killed", two)
     assert not list((root / ".synmlops" / "checkpoints").iterdir())
     with sqlite3.connect(root / ".synmlops" / "mlflow.db") as store:
@@ -157,6 +190,53 @@ def test_killed_and_restarted_is_never_killed(
         ).fetchall()
     losses = pd.read_csv(root / "killed" / "history.csv").dropna(subset="loss")
     assert points == list(zip(losses["step"], losses["loss"], strict=True))  # each step sent once
+
+
+@pytest.mark.slow
+def test_a_bug_is_not_started_again_and_again(tiny_project: TinyProject, tmp_path: Path) -> None:
+    """The same exception at the same step, twice: the second restart, which would meet it again, is none."""
+    (tmp_path / "sitecustomize.py").write_text(STUMBLE)
+    _write_params(tmp_path, tiny_project)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = ("-m", "synmlops", "train", "--prepared", str(tiny_project.prepared), "--processes", "2")
+    done = _run(tmp_path, *command, env={"PYTHONPATH": path})
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        "synmlops: a worker ended twice with TypeError: a bug (at step 6); its traceback stands above"
+    )
+    assert done.stderr.count("going on") + done.stderr.count("goes on from the last checkpoint") == 1
+    [(status, reason)] = _runs(tmp_path)
+    assert status == "FAILED"
+    assert re.fullmatch(r"train: RuntimeError: process 1 on \S+: TypeError: a bug", reason)
+
+
+@pytest.mark.slow
+def test_nodes_that_disagree_stop_with_one_message(
+    root: Path, tiny_project: TinyProject, tmp_path: Path
+) -> None:
+    """Two torchrun launchers, of which the second has other params: said once, by the first process."""
+    nodes = [tmp_path / "first", tmp_path / "second"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    processes = []
+    for node, seed in zip(nodes, (7, 8), strict=True):
+        node.mkdir()
+        params = tiny_project.params.model_copy(update={"seed": seed}).model_dump(mode="json")
+        (node / "params.yaml").write_text(yaml.safe_dump(params))
+        torchrun = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1")
+        meet = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}")
+        train = ("-m", "synmlops", "train", "--prepared", str(tiny_project.prepared))
+        processes.append(_start(node, *torchrun, *meet, *train))
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert all(process.returncode for process in processes)
+    messages = [line for text in said for line in text.splitlines() if line.startswith("synmlops: ")]
+    assert len(messages) == 1, said
+    assert re.search(
+        r"process 1 on \S+ disagrees with process 0 on \S+: seed is [78], not [78];", messages[0]
+    )
+    [(status, reason)] = [run for node in nodes for run in _runs(node)]
+    assert status == "FAILED"
+    assert "disagrees with process 0" in reason
 
 
 @pytest.mark.slow
