@@ -139,7 +139,7 @@ def joined_ranks(gpus: int | None = None) -> Iterator[Ranks]:
     rank, n_ranks, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     prefix = f"start_{restarts_so_far()}"  # torch shares the store between restarts, with what the dead wrote
     store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-    with open_watch(rank=rank, n_ranks=n_ranks, prefix=prefix) as watch, watch.together():
+    with open_watch(rank=rank, n_ranks=n_ranks, prefix=prefix) as watch, watch.together(last=True):
         device = device_of(local, gpus)
         if rank == 0 and (n := restarts_so_far()):
             most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", n)

@@ -7,16 +7,19 @@ that one of them stopped, and for a sign of life from each other.
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Literal
 
+import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from synmlops.learning.launch import leave_crash, tell_launcher
@@ -27,7 +30,10 @@ GRACE_S = 5.0
 """Seconds in which a process that was told of another's end should leave by itself."""
 SILENCE_S = 30.0
 """Seconds without a sign of life after which a process counts as lost."""
-_REASON, _HEARD = "reason", "heard"
+PARTING_S = 10.0
+"""Seconds that the others wait for rank 0 to put the failure on record."""
+_REASON, _HEARD, _DONE = "reason", "heard", "done"
+_LOST = "another process ended without a word: it was killed, or its machine went down"
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Watch:
         self._left = threading.Event()
         self._mutex = threading.Lock()  # of the connection
         self.step = 0  # of training, where this process is
+        self._is_said = False
         self.at_the_end: Callable[[str], None] = lambda reason: None
         self._thread = threading.Thread(target=self._look, name="synmlops-watch", daemon=True)
 
@@ -79,31 +86,34 @@ class Watch:
         self._thread.join(2 * POLL_S)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, *, last: bool = False) -> Iterator[None]:
         """Let the first error of any process be the error of all.
 
         Rank 0 raises it, whichever process met it. The others leave without a word if it is one that a user
-        can mend, so that it is said once.
+        can mend, so that it is said once; they leave after rank 0, since the launcher of a machine that has
+        no process left may take the store with it.
+
+        Parameters
+        ----------
+        last : bool
+            Whether nothing follows but the end of the process.
         """
         try:
             yield
         except BaseException as error:
             self._left.set()
             reason = self._first_reason(error)
+            _close_group()  # which others may be waiting for
             if self._rank == 0:
-                self._acknowledge()
-            is_plain = self._rank == 0 and isinstance(error, SynmlopsError)  # all may meet the same at once
-            if reason is None or reason.rank == self._rank or is_plain:
-                self._say_mine(error)
-                if _is_of_a_lost_peer(error):
-                    raise RuntimeError(
-                        "another process ended without a word: it was killed, or its machine went down "
-                        f"({str(error).partition(chr(10))[0]})"
-                    ) from None
+                raised = self._for_all(error, reason, last=last)
+            else:
+                raised = self._for_itself(error, reason)
+            if raised is error:
                 raise
-            if self._rank == 0:
-                raise reason.as_error() from None
-            raise SystemExit(reason.exit_code) from None
+            raise raised from None
+        finally:
+            if self._rank == 0 and last:
+                self._tell(_DONE)
 
     def wait_for_reason(self, seconds: float) -> Reason | None:
         """Wait until some process has said why it stopped."""
@@ -124,23 +134,42 @@ class Watch:
         except (RuntimeError, ValueError):  # the store has gone with its process
             return None
 
-    def _say_mine(self, error: BaseException) -> None:
-        if isinstance(error, SynmlopsError):
-            told = tell_launcher(error)
-            if self._rank and (told or self._wait_heard()):
-                raise SystemExit(2) from None
-        elif isinstance(error, Exception):
+    def _for_all(self, error: BaseException, reason: Reason | None, *, last: bool) -> BaseException:
+        """Give what rank 0 raises, having said what a user can mend."""
+        self._tell(_HEARD)
+        if reason is not None and reason.rank and not isinstance(error, SynmlopsError):
+            if reason.kind != "ended":
+                error = reason.as_error()
+            elif isinstance(error, Exception):  # whoever ended the other will end this one too
+                error = SystemExit(128 + signal.SIGTERM)
+        elif isinstance(error, Exception) and not isinstance(error, SynmlopsError):
             leave_crash(_text_of(error), step=self.step)
+            error = RuntimeError(f"{_LOST} ({_first_line(error)})") if _is_of_a_lost_peer(error) else error
+        if isinstance(error, SynmlopsError):
+            if last and self._is_said:
+                return SystemExit(2)
+            if not self._is_said and not tell_launcher(error):
+                print(f"synmlops: {error}", file=sys.stderr, flush=True)
+            self._is_said = True
+        return error
 
-    def _wait_heard(self) -> bool:
-        """Wait until rank 0 has taken over the message."""
-        until = time.monotonic() + GRACE_S + 2
-        while time.monotonic() < until:
-            with self._mutex, suppress(RuntimeError):
-                if self._store.check([_HEARD]):
-                    return True
+    def _for_itself(self, error: BaseException, reason: Reason | None) -> BaseException:
+        """Give what another rank raises, once rank 0 is done.
+
+        What there is to say is said first: the launcher may end this process as soon as rank 0 has left.
+        """
+        is_mine = reason is None or reason.rank == self._rank
+        told = isinstance(error, SynmlopsError) and is_mine and tell_launcher(error)
+        if is_mine and isinstance(error, Exception) and not isinstance(error, SynmlopsError):
+            leave_crash(_text_of(error), step=self.step)
+            traceback.print_exception(error)
+            error = SystemExit(1)
+        until = time.monotonic() + PARTING_S
+        while time.monotonic() < until and not self._is_set(_DONE):
             time.sleep(0.05)
-        return False
+        if reason is not None and not is_mine:
+            return SystemExit(reason.exit_code)
+        return SystemExit(2) if told or (isinstance(error, SynmlopsError) and self._is_set(_HEARD)) else error
 
     def _look(self) -> None:
         beats: dict[int, tuple[bytes, float]] = {}
@@ -172,7 +201,7 @@ class Watch:
     def _leave(self, reason: Reason) -> None:
         """End this process, at once if it hangs where no exception reaches it."""
         if self._rank == 0:
-            self._acknowledge()  # so the other leaves, which ends the wait for it in a collective
+            self._tell(_HEARD)  # so the other leaves, which ends the wait for it in a collective
         if reason.rank == self._rank or self._left.wait(GRACE_S):
             return
         if self._rank == 0:
@@ -182,10 +211,16 @@ class Watch:
                 print(f"synmlops: {error}", file=sys.stderr, flush=True)
         os._exit(reason.exit_code)
 
-    def _acknowledge(self) -> None:
-        """Say that rank 0 will say why all stop."""
+    def _tell(self, key: str) -> None:
         with suppress(RuntimeError):  # the store may have gone
-            self._set(_HEARD, "")
+            self._set(key, "")
+
+    def _is_set(self, key: str) -> bool:
+        try:
+            with self._mutex:
+                return bool(self._store.check([key]))
+        except RuntimeError:
+            return True  # nobody is left to wait for
 
     def _read(self) -> Reason | None:
         with self._mutex:
@@ -215,6 +250,16 @@ def _is_of_a_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         sign in str(error) for sign in ("by peer", "NCCL", "Connection refused", "Broken pipe")
     )
+
+
+def _close_group() -> None:
+    """Close this process's connections; NCCL's would wait for the others."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _kind_of(error: BaseException) -> Literal["mendable", "crash", "ended"]:
