@@ -7,8 +7,8 @@ all alike: one process takes the whole batch while the other waits; both share i
 without exchanging gradients; gradients alone are summed. Data are random, in the shapes of params.yaml; the
 step is the training loop's own: forward, loss with its sums over ranks, backward, clipping, optimiser.
 
-The expected scaling is arithmetic, not measured: a ring all-reduce moves 2 (N - 1) / N gradient bytes over the
-slowest link, and DDP hides it behind backward except for the last bucket.
+The expected scaling is arithmetic, not measured: a ring all-reduce moves 2 (N - 1) / N gradient bytes over
+the slowest link, and DDP hides it behind backward except for the last bucket.
 """
 
 import argparse
