@@ -1,15 +1,22 @@
 """A training step on the incumbent's polarity network: this package's loop against plain PyTorch.
 
-Both sides start from the same weights and take the same batches in turns, in one process; the loss curves
-have to agree. `python benchmarks/training_step.py --plot curves.png` prints medians, the share of the
-machine's measured matrix peak, where the time goes, and the greatest difference between the curves.
+Both sides start from the same weights and take the same batches in turns, each in a process of its own, since
+how memory is kept is a setting of the process; the loss curves have to agree.
+`python benchmarks/training_step.py --plot curves.png` prints medians, the share of the machine's measured
+matrix peak, where the time goes, and the greatest difference between the curves. On a machine with other work
+on it, trust CPU seconds more than seconds.
 """
 
 import argparse
+import itertools
+import multiprocessing
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -19,7 +26,7 @@ from torch import Tensor
 
 from synmlops.learning.allocator import keep_freed_memory
 from synmlops.learning.checkpoint import ModelMeta
-from synmlops.learning.distributed import Ranks
+from synmlops.learning.distributed import Ranks, pick_device
 from synmlops.learning.feed import Batch
 from synmlops.learning.networks.native import kernels
 from synmlops.learning.networks.plus_unet import from_pytc
@@ -49,31 +56,64 @@ TRAIN = TrainParams(
 
 @dataclass
 class Side:
-    """One way to train, and what was seen of it."""
+    """One way to train, in a process of its own, and what was seen of it."""
 
     name: str
-    step: Callable[[Batch], float]  # gives the loss
-    keeps_memory: bool
     turns: int
+    pipe: Connection
+    process: BaseProcess
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    gibibytes: float = 0.0  # the most memory that the process held
 
-    def take_turn(self, batch: Batch) -> None:
-        """Take a step and the time."""
-        keep_freed_memory(self.keeps_memory)
-        _wait()
-        wall, cpu = time.perf_counter(), time.process_time()
-        loss = self.step(batch)
-        _wait()
-        self.seconds.append(time.perf_counter() - wall)
-        self.cpu_seconds.append(time.process_time() - cpu)
+    @classmethod
+    def start(cls, name: str, kind: str, options: argparse.Namespace, *, turns: int) -> "Side":
+        """Start the process, and wait until it is ready."""
+        context = multiprocessing.get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(target=_work, args=(there, kind, options), daemon=True)
+        process.start()
+        assert here.recv() == "ready"
+        return cls(name, turns, here, process)
+
+    def take_turn(self) -> None:
+        """Have the process take a step, while all others wait."""
+        self.pipe.send("step")
+        seconds, cpu_seconds, loss, self.gibibytes = self.pipe.recv()
+        self.seconds.append(seconds)
+        self.cpu_seconds.append(cpu_seconds)
         self.losses.append(loss)
+
+    def finish(self) -> str:
+        """End the process; give its table of where the time goes in a step."""
+        self.pipe.send("profile")
+        table: str = self.pipe.recv()
+        self.process.join()
+        return table
 
     @property
     def median(self) -> float:
         """Seconds of a step; the first, which warms up, is left out."""
         return statistics.median(self.seconds[1:])
+
+
+def _work(pipe: Connection, kind: str, options: argparse.Namespace) -> None:
+    """Take steps as told, in a process of a side."""
+    torch.set_num_threads(options.threads)
+    device = pick_device()
+    step = _step_of(kind, options, device=device)
+    batches = _batches(n=options.batch, patch_zyx=options.patch, device=device)
+    pipe.send("ready")
+    while pipe.recv() == "step":
+        batch = next(batches)
+        _wait()
+        wall, cpu = time.perf_counter(), time.process_time()
+        loss = step(batch)
+        _wait()
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        pipe.send((time.perf_counter() - wall, time.process_time() - cpu, loss, most))
+    pipe.send(breakdown(lambda: step(batch), device))
 
 
 class _Curves:
@@ -96,27 +136,26 @@ def main() -> None:
     """Measure and print."""
     options = _parse()
     torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    patch_zyx = tuple(options.patch)
-    batches = list(_batches(options.steps, n=options.batch, patch_zyx=patch_zyx, device=device))
-    sides = _sides(options, device=device)
+    device = pick_device()
+    middle = {
+        "cpu": ("the same, freed memory kept", "kept", min(options.steps, 4)),
+        "cuda": ("the same, bf16 autocast", "amp", options.steps),
+    }[device.type]
+    named = [("plain float32 loop", "plain", options.steps), middle, ("synmlops", "synmlops", options.steps)]
+    sides = [Side.start(name, kind, options, turns=turns) for name, kind, turns in named]
     peak = matrix_peak(device)
-    for turn, batch in enumerate(batches):
+    for turn in range(options.steps):
         for side in sides:
             if turn < side.turns:
-                side.take_turn(batch)
-        seconds = ", ".join(f"{s.name} {s.seconds[-1]:.2f}" for s in sides if turn < s.turns)
-        print(
-            f"step {turn + 1}: {seconds} s; losses {sides[0].losses[-1]:.5f} {sides[-1].losses[-1]:.5f}",
-            flush=True,
-        )
+                side.take_turn()
+        seconds = ", ".join(f"{side.name} {side.seconds[-1]:.2f} s" for side in sides if turn < side.turns)
+        losses = f"losses {sides[0].losses[-1]:.5f} {sides[-1].losses[-1]:.5f}"
+        print(f"step {turn + 1}: {seconds}; {losses}", flush=True)
     peak = max(peak, matrix_peak(device))
     _print_results(sides, options, peak=peak)
     _print_curves(sides[0], sides[-1])
-    for side in (sides[0], sides[-1]):
-        keep_freed_memory(side.keeps_memory)
-        print(f"\nwhere the time goes, {side.name} (profiled step):")
-        print(breakdown(lambda side=side: side.step(batches[0]), device))
+    for side in sides:
+        print(f"\nwhere the time goes, {side.name} (one profiled step):\n{side.finish()}")
     if options.plot:
         _plot(sides[0], sides[-1], options.plot)
 
@@ -135,26 +174,18 @@ def matrix_peak(device: torch.device) -> float:
     return 2 * size**3 / best / 1e9
 
 
-def _sides(options: argparse.Namespace, *, device: torch.device) -> list[Side]:
+def _step_of(kind: str, options: argparse.Namespace, *, device: torch.device) -> Callable[[Batch], float]:
+    """Build what takes a step and gives the loss; all kinds start from the same weights."""
     torch.manual_seed(options.seed)
-    weights = PlainPlusUNet().state_dict()
-
-    def plain(amp: bool = False) -> Callable[[Batch], float]:
-        network = PlainPlusUNet().to(device)
-        network.load_state_dict(weights)
-        step = plain_step(network, LEARNING_RATE, device=device, amp=amp)
-        return lambda batch: float(step(batch.image[:, None], _targets(batch)))
-
+    network = PlainPlusUNet()
+    if kind == "synmlops":
+        return _ours(options, network.state_dict(), device=device)
+    if kind == "kept":
+        keep_freed_memory()
     if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False
-        second = Side("the same, bf16 autocast", plain(amp=True), False, options.steps)
-    else:
-        second = Side("the same, freed memory kept", plain(), True, min(options.steps, 4))
-    return [
-        Side("plain float32 loop", plain(), False, options.steps),
-        second,
-        Side("synmlops", _ours(options, weights, device=device), True, options.steps),
-    ]
+        torch.backends.cudnn.allow_tf32 = False  # float32 as on a CPU
+    step = plain_step(network.to(device), LEARNING_RATE, device=device, amp=kind == "amp")
+    return lambda batch: float(step(batch.image[:, None], _targets(batch)))
 
 
 def _ours(
@@ -176,11 +207,11 @@ def _ours(
     return step
 
 
-def _batches(steps: int, *, n: int, patch_zyx: Sequence[int], device: torch.device) -> Iterator[Batch]:
-    """Make patches of noise with dark discs, each half pre and half post."""
+def _batches(*, n: int, patch_zyx: Sequence[int], device: torch.device) -> Iterator[Batch]:
+    """Make patches of noise with dark discs, each half pre and half post; the same in every process."""
     z, y, x = (torch.arange(size, dtype=torch.float32) for size in patch_zyx)
-    for step in range(steps):
-        generator = torch.Generator().manual_seed(step)
+    for seed in itertools.count():
+        generator = torch.Generator().manual_seed(seed)
         sides = torch.zeros(n, *patch_zyx, dtype=torch.uint8)
         for patch in sides:
             for centre in torch.rand(12, 3, generator=generator) * torch.tensor(patch_zyx):
@@ -209,13 +240,16 @@ def _print_results(sides: Sequence[Side], options: argparse.Namespace, *, peak: 
         f"\nbatch {options.batch} of {options.patch}, {torch.get_num_threads()} threads, {gflop:.0f} GFLOP,"
     )
     print(f"matrix peak {peak:.0f} GFLOP/s; kernels: {kernels().reason or 'compiled'}")
-    print(f"{'':32}{'s/step':>8}{'patches/s':>11}{'CPU s':>8}{'ratio':>7}{'of peak':>9}")
+    heads = f"{'s/step':>8}{'patches/s':>11}{'ratio':>7}{'CPU s':>8}{'ratio':>7}{'of peak':>9}{'GiB':>6}"
+    print(f"{'':32}{heads}")
+    least = statistics.median(sides[0].cpu_seconds[1:])
     for side in sides:
         cpu = statistics.median(side.cpu_seconds[1:])
         ratio, share = sides[0].median / side.median, gflop / side.median / peak
         rate = options.batch / side.median
-        print(f"{side.name:32}{side.median:8.3f}{rate:11.3f}{cpu:8.2f}{ratio:7.2f}{share:9.0%}")
-    print("ratio: of the medians; arithmetic counted as direct convolution, of which Winograd does a quarter")
+        row = f"{side.median:8.3f}{rate:11.3f}{ratio:7.2f}{cpu:8.2f}{least / cpu:7.2f}{share:9.0%}"
+        print(f"{side.name:32}{row}{side.gibibytes:6.1f}")
+    print("medians; arithmetic counted as direct convolution, of which Winograd does a quarter")
 
 
 def _print_curves(plain: Side, ours: Side) -> None:
