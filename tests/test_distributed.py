@@ -45,6 +45,23 @@ if "RANK" in os.environ:  # a worker, not its launcher
     Feed.batch = batch_or_die
 """
 
+SLOW = """
+import os, time
+from pathlib import Path
+
+if "RANK" in os.environ:
+    from synmlops.learning.feed import Feed
+
+    batch = Feed.batch
+
+    def slow_batch(self, step):
+        (Path(__file__).parent / f"at_{os.environ['RANK']}_{step}").touch()
+        time.sleep(0.2)
+        return batch(self, step)
+
+    Feed.batch = slow_batch
+"""
+
 STUMBLE = """
 import os
 
@@ -139,11 +156,12 @@ def _assert_close(folder: Path, other: Path) -> None:
     pd.testing.assert_frame_equal(curves, others, rtol=1e-3)
 
 
-def _assert_equal(folder: Path, other: Path) -> None:
+def _assert_equal(folder: Path, other: Path, *, exactly: bool = True) -> None:
     for name in ("model.safetensors", "last.safetensors"):
         weights, others = load_file(folder / name), load_file(other / name)
         assert all(torch.equal(weights[key], others[key]) for key in weights | others)
-    assert (folder / "history.csv").read_text() == (other / "history.csv").read_text()
+    curves, others = (pd.read_csv(path / "history.csv") for path in (folder, other))
+    pd.testing.assert_frame_equal(curves, others, check_exact=exactly, rtol=0 if exactly else 1e-6)
 
 
 @pytest.mark.slow
@@ -295,6 +313,33 @@ def test_ended_from_outside_without_a_traceback(tiny_project: TinyProject, tmp_p
     assert process.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in stderr
     assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_saves_the_step_on_all_processes(
+    root: Path, tiny_project: TinyProject, two: Path, tmp_path: Path
+) -> None:
+    """A scheduler takes the machine: the step is finished and saved, and the next start goes on from it."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    train = ("-m", "synmlops", "train", "--prepared", str(tiny_project.prepared), "--processes", "2")
+    process = _start(root, *train, "--out", "ended", env={"PYTHONPATH": path})
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "at_0_6").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in stderr
+    [saved] = re.findall(r"asked to end; step (\d+) is saved", stderr)
+    assert saved in ("6", "7")
+    assert [path.name for path in root.glob(f".synmlops/checkpoints/*/*/step_*{saved}.pt")]
+    assert _runs(root)[-1][0] == "KILLED"
+    _assert_equal(_train(root, tiny_project, "ended", "--processes", "2"), two, exactly=False)
+    assert _runs(root)[-1][0] == "FINISHED"
 
 
 def test_gpus_are_settled_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 
 from synmlops.learning.checkpoint import Model, ModelMeta, save_state
 from synmlops.learning.distributed import Ranks
-from synmlops.learning.loop import LOG_EVERY, Fitted, Recipe, Row, fit
+from synmlops.learning.loop import LOG_EVERY, Fitted, Recipe, Row, feed_of, fit
 from synmlops.learning.losses import LossTerms, compute_loss
 from synmlops.learning.networks.registry import build_network
 from synmlops.learning.optim import learning_rate_at
 from synmlops.learning.sampling import LabelledRegion
 from synmlops.learning.states import States
+from synmlops.learning.trainer import Trainer
 from synmlops.params import CHANNELS, NetworkParams, SynmlopsError
 from synmlops.volumes.prepared import Box
 
@@ -292,6 +294,27 @@ def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(
     assert _same(bench.fit().last, whole.last)  # from the good checkpoint
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_a_step_that_is_not_finite_moves_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    recipe, volume = bench.recipe(optimizer=optimizer), bench.project.manifest.volumes["train"]
+    meta = ModelMeta(network=recipe.network, channels=CHANNELS, mean=128, std=20, voxel_nm=(40, 8, 8))
+    trainer = Trainer(recipe, meta=meta, ranks=ALONE)
+    monkeypatch.setattr(
+        "synmlops.learning.trainer.compute_loss", _break_at(2, lambda total, logits: total + float("inf"))
+    )
+    seen = []
+    regions = [LabelledRegion(volume, Box((0, 0, 0), volume.shape_zyx))]
+    with feed_of(recipe, regions, meta=meta, ranks=ALONE) as feed:
+        for step in (1, 2, 3):
+            trainer.progress.step = step
+            trainer.descend(feed.batch(step))
+            seen.append({name: value.clone() for name, value in trainer.network.state_dict().items()})
+    assert _same(seen[1], seen[0])
+    assert not _same(seen[2], seen[1])
+
+
 def test_a_learning_rate_far_too_high_stops(bench: Bench) -> None:
     with pytest.raises(SynmlopsError, match="stopped being finite"):
         bench.fit(learning_rate=1e30, validate=None)
@@ -387,24 +410,31 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(
 def test_sigterm_saves_the_step_it_came_in(
     bench: Bench, whole: Fitted, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And takes effect at once in a validation; either way the rest is what it would have been."""
+    """Before a validation, which may take long and is done after the resume; within one, it ends at once."""
 
     class Ender(Watcher):
         def logged(self, step: int, row: Row) -> None:
             super().logged(step, row)
-            if step == 10 and "loss" in row:
+            if step == 6 and "loss" in row:
                 os.kill(os.getpid(), signal.SIGTERM)
 
+    def validate_and_end(model: Model) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)  # where the signal is heard
+        return 0.0
+
     with pytest.raises(SystemExit) as caught:
-        bench.fit(observer=Ender(), validate_every=10)
-    assert caught.value.code == 128 + signal.SIGTERM
-    assert bench.state()["progress"]["step"] == 8  # it was to validate next, which may take long
-    with pytest.raises(SystemExit):
         bench.fit(observer=Ender())
-    assert bench.state()["progress"]["step"] == 10
-    assert "asked to end; step 10 is saved" in capsys.readouterr().err
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert bench.state()["progress"]["step"] == 6
+    assert "asked to end; step 6 is saved" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.fit(validate=validate_and_end)
+    assert bench.state()["progress"]["step"] == 6
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert _same(bench.fit().last, whole.last)
+    resumed = bench.fit()
+    assert _same(resumed.last, whole.last)
+    assert resumed.history == whole.history
 
 
 def test_a_full_disk_ends_training_and_loses_nothing_before(bench: Bench, whole: Fitted) -> None:

@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny import TinyProject
-from tracking_tools import migrated_store
+from tracking_tools import Server, free_port, migrated_store
 
 from synmlops.learning.networks.registry import build_network
 
@@ -217,3 +217,54 @@ def test_a_full_disk_is_one_error_a_failed_run_and_no_lost_step(
     assert Record(out / "after.db").runs() == [(run, "FINISHED")]
     losses = [step for key, step, _ in Record(out / "after.db").points(run) if key == "loss"]
     assert losses == [10, 20]
+
+
+@pytest.mark.slow
+def test_a_server_killed_in_mid_training_costs_no_step_and_no_metric(
+    tiny_project: TinyProject, tmp_path: Path
+) -> None:
+    (tmp_path / "server").mkdir()
+    server = Server(tmp_path / "server", free_port())
+    record = Record(tmp_path / "server" / "server.db")
+    train = {"steps": 300, "validate_every": 100, "checkpoint_every": 10}
+    project = Project.make(tmp_path, tiny_project, train=train)
+    env = {"MLFLOW_TRACKING_URI": server.url}
+    command = (
+        sys.executable,
+        "-m",
+        "synmlops",
+        "train",
+        "--prepared",
+        str(project.prepared),
+        "--out",
+        "models",
+    )
+    server.start()
+    process = project.start(*command, **env)
+    try:
+        deadline = time.monotonic() + 100
+        while process.poll() is None and not _losses(record) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        server.kill()
+        there = _losses(record)
+        said, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+        curve = pd.read_csv(tmp_path / "models" / "history.csv").dropna(subset="loss")
+        losses = list(zip(curve["step"], curve["loss"], strict=True))
+        assert there == losses[: len(there)]
+        assert 0 < len(there) < len(losses), "killed too late for this test"
+        assert "lines were not sent" in said
+        server.start()
+        project.run(sys.executable, "-m", "synmlops", "sync", **env)
+    finally:
+        process.kill()
+        server.kill()
+    assert _losses(record) == losses
+    [(_, status)] = record.runs()
+    assert status == "FINISHED"
+
+
+def _losses(record: Record) -> list[tuple[object, ...]]:
+    return [
+        (step, value) for run, _ in record.runs() for key, step, value in record.points(run) if key == "loss"
+    ]

@@ -81,22 +81,15 @@ def fit(
     trainer.restore(kept)
     train, progress = recipe.train, trainer.progress
     with feed_of(recipe, regions, meta=meta, ranks=ranks) as feed, Stopping() as stopping:
-        while progress.step < train.steps and not progress.stopped:
-            step = progress.step = progress.step + 1
-            ranks.at_step(step)
-            if not fits(lambda step=step: trainer.descend(feed.batch(step))):  # type: ignore[misc]
-                raise trainer.out_of_memory()
-            is_last = step == train.steps
-            is_validated = validate is not None and (step % train.validate_every == 0 or is_last)
-            is_logged = step % LOG_EVERY == 0 or is_validated or is_last
-            if is_logged:
-                trainer.check_finite(feed.describe, observer)
-                trainer.log(observer)
-            if validate is not None and is_validated:
+        while progress.is_due or (progress.step < train.steps and not progress.stopped):
+            if not progress.is_due:  # it is if training was asked to end before it could validate
+                _take_step(trainer, feed, observer, validates=validate is not None)
+            step = progress.step
+            is_left = _all_leave(stopping, ranks, may_ask=progress.is_due or step % LOG_EVERY == 0)
+            if progress.is_due and not is_left:
                 with stopping.at_once():
-                    trainer.validate(validate, observer)
-            is_left = _all_leave(stopping, ranks, may_ask=is_logged)
-            if is_left or is_last or progress.stopped or step % train.checkpoint_every == 0:
+                    trainer.validate(validate or (lambda model: 0.0), observer)
+            if is_left or progress.stopped or step % train.checkpoint_every == 0 or step == train.steps:
                 trainer.check_finite(feed.describe, observer)  # broken weights are never kept
                 trainer.save(kept, origin or {}, observer)
             if is_left:
@@ -112,6 +105,20 @@ def fit(
         best_score=progress.best_score,
         history=progress.history,
     )
+
+
+def _take_step(trainer: Trainer, feed: Feed, observer: Observer, *, validates: bool) -> None:
+    """Descend once, add to the curves, and see whether it is time to validate."""
+    progress, train = trainer.progress, trainer.recipe.train
+    step = progress.step = progress.step + 1
+    trainer.ranks.at_step(step)
+    if not fits(lambda: trainer.descend(feed.batch(step))):
+        raise trainer.out_of_memory()
+    is_last = step == train.steps
+    progress.is_due = validates and (step % train.validate_every == 0 or is_last)
+    if progress.is_due or is_last or step % LOG_EVERY == 0:
+        trainer.check_finite(feed.describe, observer)
+        trainer.log(observer)
 
 
 def feed_of(recipe: Recipe, regions: Sequence[LabelledRegion], *, meta: ModelMeta, ranks: Ranks) -> Feed:

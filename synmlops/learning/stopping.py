@@ -2,27 +2,31 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
+INSISTENT_S = 5.0
+"""Seconds after which a second SIGTERM is one of its own."""
+
 
 class Stopping:
     """Takes SIGTERM: training leaves at the end of its step, or at once while it may.
 
-    A second SIGTERM always ends at once. Outside the main thread, or where somebody else handles the signal
-    already, nothing is changed.
+    A second SIGTERM ends at once, unless it comes right after the first: torch's launcher sends two. Outside
+    the main thread nothing is changed.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self._asked_at = 0.0
         self._at_once = False
         self._before: Any = None
 
     def __enter__(self) -> Self:
-        free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        if free and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._hear)
         return self
 
@@ -47,6 +51,7 @@ class Stopping:
         raise SystemExit(128 + signal.SIGTERM)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._at_once or self.asked:
+        if self._at_once or (self.asked and time.monotonic() - self._asked_at > INSISTENT_S):
             self.leave()
-        self.asked = True
+        if not self.asked:
+            self.asked, self._asked_at = True, time.monotonic()

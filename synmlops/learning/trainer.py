@@ -67,6 +67,7 @@ class Progress:
     best_step: int = 0
     best_score: float | None = None
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    is_due: bool = False  # a validation, of this step
     n_worse: int = 0  # validations since the best
     stopped: bool = False  # early
     history: list[Row] = field(default_factory=list)
@@ -183,6 +184,7 @@ class Trainer:
                     "train.validation.window_zyx or train.validation.batch_size"
                 )
         score = float(self.ranks.from_first(sum(scores)))  # type: ignore[arg-type]
+        progress.is_due = False
         self._note({"validation_f1": score}, observer)
         progress.n_worse += 1
         if progress.best_score is None or score > progress.best_score:
