@@ -33,6 +33,7 @@ from em_volume import EmVolume, make_em_volume, prepare_em_volume
 from monai_pipeline import Patches, Rejection, Style, make_loader
 from torch import Tensor
 
+from synmlops.learning.allocator import keep_freed_memory
 from synmlops.learning.feed import Feed
 from synmlops.learning.sampling import LabelledRegion, PatchSampler
 from synmlops.learning_params import AugmentParams, SamplingParams
@@ -109,8 +110,12 @@ def take_our_turn(case: Case, *, seconds: float, seed: int) -> Turn:
             step += 1
             yield feed.batch(step).sides, 0
 
-    with case.feed(AUGMENT, seed) as feed:
-        return _clocked(batches(feed), seconds)
+    keep_freed_memory()  # as training does
+    try:
+        with case.feed(AUGMENT, seed) as feed:
+            return _clocked(batches(feed), seconds)
+    finally:
+        keep_freed_memory(False)
 
 
 def take_their_turn(case: Case, *, style: Style, rejection: Rejection, seconds: float, seed: int) -> Turn:
