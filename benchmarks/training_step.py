@@ -74,6 +74,7 @@ class Side:
         here, there = context.Pipe()
         process = context.Process(target=_work, args=(there, kind, options), daemon=True)
         process.start()
+        there.close()  # so that an end of the process ends the wait
         assert here.recv() == "ready"
         return cls(name, turns, here, process)
 
