@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from synmlops.learning.networks.layers import Conv3d, SqueezeExcite, fold_voxels, unfold_voxels
+from synmlops.learning.networks.fast_norm import SqueezeExcite
+from synmlops.learning.networks.layers import Conv3d, ResidualBlock, fold_voxels, unfold_voxels
 from synmlops.learning.networks.own import check_network
 from synmlops.learning.networks.registry import NETWORKS, build_network
 from synmlops.params import NetworkParams, SynmlopsError
@@ -98,10 +99,9 @@ def test_a_coarse_level_lies_where_the_fine_one_does() -> None:
     for block in network.modules():
         if isinstance(block, nn.BatchNorm3d):
             block.eval()  # whose statistics would reach everywhere
-    for logits, factor in zip(network(image), (1, 2, 4), strict=True):
-        (gradient,) = torch.autograd.grad(
-            logits[0, :, 0, 32 // factor, 16 // factor].sum(), image, retain_graph=True
-        )
+    for level, factor in enumerate((1, 2, 4)):
+        logits = network(image)[level]
+        (gradient,) = torch.autograd.grad(logits[0, :, 0, 32 // factor, 16 // factor].sum(), image)
         at = gradient[0, 0].abs().sum(0).nonzero()
         assert at.min(0).values.tolist() == [32, 16]
         assert at.max(0).values.tolist() == [39, 23]  # a voxel of the lowest level is 2 x 8 x 8
@@ -118,14 +118,16 @@ def test_exclusive_channels_are_a_softmax_at_every_level() -> None:
 
 
 def test_squeeze_excite_weighs_whole_channels_by_what_all_channels_say() -> None:
-    excite = SqueezeExcite(8, NetworkParams())
+    block = ResidualBlock(8, (1, 3, 3), NetworkParams(squeeze_excite=True)).eval()
+    assert block.excite is not None
+    nn.init.normal_(block.norm2.bias)  # as training makes it; else every mean is 0
     x = torch.randn(1, 8, 2, 4, 4)
-    weight = excite(x) / x
-    torch.testing.assert_close(weight, weight[:, :, :1, :1, :1].expand_as(weight))
+    inner = block.norm2(block.conv2(torch.relu(block.norm1(block.conv1(x)))))
+    weight = block.excite(inner.mean((2, 3, 4)))
+    torch.testing.assert_close(block(x), torch.relu(inner * weight[:, :, None, None, None] + x))
     assert 0 < weight.min() < weight.max() < 1
-    other = x.clone()
-    other[:, 0] += 3.0
-    assert (excite(other) / other)[0, 1, 0, 0, 0] != weight[0, 1, 0, 0, 0]
+    one_more = torch.eye(8)[:1] * 3.0
+    assert (block.excite(inner.mean((2, 3, 4)) + one_more) != weight)[0, 1:].any()
     with_it, without = build_network(small(squeeze_excite=True)), build_network(SMALL)
     assert sum(isinstance(m, SqueezeExcite) for m in with_it.modules()) == 5
     assert not any(isinstance(m, SqueezeExcite) for m in without.modules())

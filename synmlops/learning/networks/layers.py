@@ -1,16 +1,20 @@
 """What the networks are built of: folding voxels into channels, residual blocks, norms and activations."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from synmlops.learning.networks import fast_conv
+from synmlops.learning.networks.fast_norm import SqueezeExcite, normalise
 from synmlops.learning.networks.native import LANE
 from synmlops.learning_params import NetworkParams
 
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-_REDUCTION = 4  # of squeeze-excite. Source: PyTorch Connectomics v1
+
+
+MakeConvolution = Callable[[int, tuple[int, int, int]], nn.Module]
 
 
 class ResidualBlock(nn.Module):
@@ -22,9 +26,11 @@ class ResidualBlock(nn.Module):
     ----------
     width : int
         Channels in and out.
-    kernel, second : tuple of int
-        Odd sizes of the first and of the second convolution; by default both are alike.
+    kernel : tuple of int
+        Odd sizes of both convolutions.
     params : NetworkParams
+    convolution : callable
+        Builds a convolution without bias from width and kernel; it keeps the shape.
     """
 
     def __init__(
@@ -33,23 +39,21 @@ class ResidualBlock(nn.Module):
         kernel: tuple[int, int, int],
         params: NetworkParams,
         *,
-        second: tuple[int, int, int] | None = None,
+        convolution: MakeConvolution | None = None,
     ) -> None:
         super().__init__()
-        second = second or kernel
-        self.conv1 = same_convolution(width, width, kernel, bias=False)
+        make = convolution or _unbiased
+        self.conv1 = make(width, kernel)
         self.norm1 = norm_of(params.norm, width)
-        self.conv2 = same_convolution(width, width, second, bias=False)
+        self.conv2 = make(width, kernel)
         self.norm2 = norm_of(params.norm, width)
-        self.activation = activation_of(params.activation)
-        self.excite = SqueezeExcite(width, params) if params.squeeze_excite else None
+        self.activation = params.activation
+        self.excite = SqueezeExcite(width, params.activation) if params.squeeze_excite else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Keep the shape."""
-        inner = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
-        if self.excite is not None:
-            inner = self.excite(inner)
-        return self.activation(inner + x)  # type: ignore[no-any-return]
+        inner = self.conv2(normalise(self.conv1(x), self.norm1, self.activation))
+        return normalise(inner, self.norm2, self.activation, other=x, excite=self.excite)
 
 
 class Conv3d(nn.Conv3d):
@@ -73,25 +77,6 @@ class Conv3d(nn.Conv3d):
                 self.groups,
             )
         return super().forward(x)
-
-
-class SqueezeExcite(nn.Module):
-    """Weighs each channel by what the means of all channels over the patch say.
-
-    Source: Hu et al. 2018, arXiv:1709.01507.
-    """
-
-    def __init__(self, width: int, params: NetworkParams) -> None:
-        super().__init__()
-        narrow = max(1, width // _REDUCTION)
-        self.squeeze = Conv3d(width, narrow, 1)
-        self.activation = activation_of(params.activation)
-        self.weigh = Conv3d(narrow, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Keep the shape."""
-        means = x.mean((2, 3, 4), keepdim=True)
-        return x * torch.sigmoid(self.weigh(self.activation(self.squeeze(means))))
 
 
 class Exclusive(nn.Module):
@@ -177,6 +162,10 @@ def same_convolution(
     return Conv3d(channels_in, channels_out, kernel, padding=same_padding(kernel), bias=bias)
 
 
+def _unbiased(width: int, kernel: tuple[int, int, int]) -> nn.Module:
+    return same_convolution(width, width, kernel, bias=False)
+
+
 def same_padding(kernel: tuple[int, int, int]) -> tuple[int, int, int]:
     """Give the padding with which a convolution of odd sizes keeps the shape."""
     z, y, x = (size // 2 for size in kernel)
@@ -190,11 +179,3 @@ def norm_of(name: str, width: int) -> nn.Module:
     if name == "batch":
         return nn.BatchNorm3d(width)
     return nn.InstanceNorm3d(width, affine=True)
-
-
-def activation_of(name: str) -> nn.Module:
-    """Build "relu", "silu" or "elu"."""
-    return _ACTIVATIONS[name]()
-
-
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "elu": nn.ELU}

@@ -1,9 +1,9 @@
 """A network for fast inference: separable convolutions on the same skeleton as the default."""
 
-from torch import Tensor, nn
+from torch import nn
 
 from synmlops.learning.networks.folded_unet import FoldedUNet
-from synmlops.learning.networks.layers import Conv3d, SqueezeExcite, activation_of, norm_of, same_padding
+from synmlops.learning.networks.layers import Conv3d, ResidualBlock, same_padding
 from synmlops.learning_params import NetworkParams
 
 
@@ -21,36 +21,15 @@ def light_unet(params: NetworkParams) -> nn.Module:
     return FoldedUNet(params, down=_level, up=_level)
 
 
-class SeparableBlock(nn.Module):
-    """A residual block whose two convolutions are each taken apart.
-
-    First each channel by itself in plane, then all channels together along z.
-    """
-
-    def __init__(self, width: int, kernel: tuple[int, int, int], params: NetworkParams) -> None:
-        super().__init__()
-        self.conv1 = _separable(width, kernel)
-        self.norm1 = norm_of(params.norm, width)
-        self.conv2 = _separable(width, kernel)
-        self.norm2 = norm_of(params.norm, width)
-        self.activation = activation_of(params.activation)
-        self.excite = SqueezeExcite(width, params) if params.squeeze_excite else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Keep the shape."""
-        inner = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
-        if self.excite is not None:
-            inner = self.excite(inner)
-        return self.activation(inner + x)  # type: ignore[no-any-return]
+def _level(width: int, kernel: tuple[int, int, int], params: NetworkParams) -> nn.Module:
+    blocks = (ResidualBlock(width, kernel, params, convolution=_separable) for _ in range(params.blocks))
+    return nn.Sequential(*blocks)
 
 
 def _separable(width: int, kernel: tuple[int, int, int]) -> nn.Module:
+    """Take a convolution apart: each channel by itself in plane, then all channels together along z."""
     plane, along = (1, *kernel[1:]), (kernel[0], 1, 1)
     return nn.Sequential(
         Conv3d(width, width, plane, padding=same_padding(plane), groups=width, bias=False),
         Conv3d(width, width, along, padding=same_padding(along), bias=False),
     )
-
-
-def _level(width: int, kernel: tuple[int, int, int], params: NetworkParams) -> nn.Module:
-    return nn.Sequential(*(SeparableBlock(width, kernel, params) for _ in range(params.blocks)))

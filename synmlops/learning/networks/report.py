@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from synmlops.learning.networks import fast_norm
-from synmlops.learning.networks.layers import SqueezeExcite
+from synmlops.learning.networks.fast_norm import SqueezeExcite
 from synmlops.learning.networks.plus_unet import NonLocal
 from synmlops.learning.networks.registry import build_network
 from synmlops.learning.predict import autocast
@@ -21,7 +20,6 @@ AFFORDABLE_GFLOP = 100.0
 """Most arithmetic for measuring a receptive field: some seconds on two cores."""
 
 _STATISTICS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, NonLocal)
-_EXCITES = (SqueezeExcite, fast_norm.SqueezeExcite)
 _OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "sgd": 1}
 
 
@@ -182,7 +180,7 @@ def _without_statistics(network: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if isinstance(child, _STATISTICS):
                 setattr(module, name, nn.Identity())
-            elif isinstance(child, _EXCITES):
+            elif isinstance(child, SqueezeExcite):
                 setattr(module, name, None)  # as a block without it
     return network
 
