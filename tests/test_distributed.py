@@ -20,6 +20,7 @@ from tiny import TinyProject
 from synmlops.learning.distributed import Ranks, check_gpus, count_gpus, device_of, joined_ranks, pick_device
 from synmlops.learning.launch import is_worker, leave_if_stopped, tell_launcher
 from synmlops.params import SynmlopsError
+from synmlops.tracking.metric_log import iter_events
 
 NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -252,9 +253,10 @@ def test_nodes_that_disagree_stop_with_one_message(
     assert re.search(
         r"process 1 on \S+ disagrees with process 0 on \S+: seed is [78], not [78];", messages[0]
     )
-    [(status, reason)] = [run for node in nodes for run in _runs(node)]
-    assert status == "FAILED"
-    assert "disagrees with process 0" in reason
+    [log] = tmp_path.glob("*/.synmlops/runs/*/train.jsonl")  # what the store gets, now or by `synmlops sync`
+    *_, last = iter_events(log)
+    assert (last.kind, last.body["status"]) == ("close", "FAILED")
+    assert "disagrees with process 0" in last.body["reason"]
 
 
 @pytest.mark.slow

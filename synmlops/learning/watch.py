@@ -146,11 +146,10 @@ class Watch:
             leave_crash(_text_of(error), step=self.step)
             error = RuntimeError(f"{_LOST} ({_first_line(error)})") if _is_of_a_lost_peer(error) else error
         if isinstance(error, SynmlopsError):
-            if last and self._is_said:
-                return SystemExit(2)
             if not self._is_said and not tell_launcher(error):
                 print(f"synmlops: {error}", file=sys.stderr, flush=True)
             self._is_said = True
+            return SystemExit(2) if last else error
         return error
 
     def _for_itself(self, error: BaseException, reason: Reason | None) -> BaseException:
