@@ -183,6 +183,10 @@ def test_a_module_beside_params_is_found_by_two_workers_and_by_infer(
     (project / "net_beside_params.py").write_text(OWN)
     network = {"name": "net_beside_params:build", "options": {"receptive_field_zyx": [1, 3, 3]}}
     params = _params_file(project, tiny_project, network)
+    text = (
+        params.read_text().replace("steps: 12", "steps: 2").replace("validate_every: 6", "validate_every: 2")
+    )
+    params.write_text(text)
 
     def run(*command: str | Path) -> None:
         environment = os.environ | {
@@ -196,7 +200,7 @@ def test_a_module_beside_params_is_found_by_two_workers_and_by_infer(
             cwd=elsewhere,
             env=environment,
             check=True,
-            timeout=120,
+            timeout=300,
         )
 
     run("train", "--prepared", tiny_project.prepared, "--processes", "2", "--out", project / "models")

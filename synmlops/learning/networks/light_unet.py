@@ -10,8 +10,8 @@ from synmlops.learning_params import NetworkParams
 def light_unet(params: NetworkParams) -> nn.Module:
     """Build a folded U-Net of separable residual blocks, `params.blocks` per level and side.
 
-    With the default params it has 0.18 of the parameters and of the arithmetic of `residual_unet`, and sees as
-    far.
+    With the default params it has 0.18 of the parameters and of the arithmetic of `residual_unet`. It sees
+    as far.
 
     Examples
     --------
