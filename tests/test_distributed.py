@@ -246,7 +246,11 @@ def test_nodes_that_disagree_stop_with_one_message(
         meet = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}")
         train = ("-m", "synmlops", "train", "--prepared", str(tiny_project.prepared))
         processes.append(_start(node, *torchrun, *meet, *train))
-    said = [process.communicate(timeout=120)[1] for process in processes]
+    try:
+        said = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert all(process.returncode for process in processes)
     messages = [line for text in said for line in text.splitlines() if line.startswith("synmlops: ")]
     assert len(messages) == 1, said
