@@ -34,8 +34,17 @@ class Silent:
 
 
 @contextmanager
-def room(megabytes: int) -> Iterator[None]:
-    """Let this process take so much more address space."""
+def room(megabytes: int, device: str = "cpu") -> Iterator[None]:
+    """Let this process take so much more address space, or have so much of a GPU in all."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(megabytes * 2**20 / total)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        return
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     limit = pages * resource.getpagesize() + megabytes * 2**20
@@ -92,7 +101,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-from test_memory import CPU, Silent, room
+from test_memory import Silent, room
 from tiny import tiny_params
 from synmlops.learning.checkpoint import ModelMeta
 from synmlops.learning.distributed import Ranks
@@ -101,7 +110,7 @@ from synmlops.learning.sampling import LabelledRegion
 from synmlops.params import CHANNELS, DataParams, PhantomParams, SynmlopsError
 from synmlops.volumes.prepared import Box, read_manifest
 
-prepared, out = map(Path, sys.argv[1:])
+prepared, out, device = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 volume, params = read_manifest(prepared).volumes["train"], tiny_params(DataParams(phantom=PhantomParams()))
 meta = ModelMeta(network=params.network, channels=CHANNELS, mean=128, std=20, voxel_nm=(40, 8, 8))
 
@@ -110,35 +119,49 @@ def train(name, batch_size, accumulate=1):
     train = params.train.model_copy(update={"steps": 1, "warmup_steps": 0, "accumulate": accumulate})
     recipe = Recipe(params.network, sampling, params.augment, params.loss, train, seed=1)
     region = LabelledRegion(volume, Box((0, 0, 0), volume.shape_zyx))
-    ranks, states = Ranks(0, 1, CPU), out / name
+    ranks, states = Ranks(0, 1, torch.device(device)), out / name
     fit(recipe, [region], meta=meta, ranks=ranks, states=states, validate=None, observer=Silent())
 
 train("warm", 1)
 try:
-    with room(130):
+    with room(130, device):
         train("whole", 96)
 except SynmlopsError as error:
     print(error)
     parts = int(str(error).partition("train.accumulate: ")[2].partition(",")[0])
-with room(180):
+with room(180, device):
     train("parts", 96, parts)
 print("trained in", parts, "parts")
 """
 
 
-def test_a_batch_too_large_for_this_process(tiny_project: TinyProject, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("cpu", "the CPU"),
+        pytest.param(
+            "cuda",
+            r".* \(\d+ GiB\)",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_a_batch_too_large_for_this_process(
+    tiny_project: TinyProject, tmp_path: Path, device: str, name: str
+) -> None:
     """A real limit; what the message proposes trains with little more: a heap is never full to the brim."""
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tiny_project.prepared), str(tmp_path)],
+        [sys.executable, "-c", LIMITED, str(tiny_project.prepared), str(tmp_path), device],
         cwd=Path(__file__).parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     message, last = done.stdout.splitlines()
-    assert re.match(
-        r"the CPU ran out of memory at step 1 with 96 patch\(es\) of 8 x 48 x 48 at a time", message
-    )
+    assert re.match(rf"{name} ran out of memory at step 1 with 96 patch\(es\) of 8 x 48 x 48 at", message)
     assert re.fullmatch(r"trained in ([2-9]|\d\d) parts", last)

@@ -1,11 +1,13 @@
 """One process or several: who this process is, what it adds up with the others, and how they are started."""
 
+import hashlib
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -63,12 +65,12 @@ class Ranks:
             self.watch.at_the_end = tell
 
     def agree(self, facts: Mapping[str, object]) -> None:
-        """Refuse to go on unless all ranks hold the same facts.
+        """Refuse to go on unless all ranks hold the same facts, and run the same code.
 
         Parameters
         ----------
         facts : mapping
-            Name to value: params by their dotted names, digests of data and code.
+            Name to value: params by their dotted names, digests of data.
 
         Raises
         ------
@@ -78,7 +80,8 @@ class Ranks:
         if self.watch is None:
             return
         everyone: list[tuple[str, dict[str, object]]] = [("", {})] * self.n_ranks
-        dist.all_gather_object(everyone, (socket.gethostname(), dict(facts)))
+        mine = {**facts, "code of synmlops": _digest_of_code(), "torch": torch.__version__}
+        dist.all_gather_object(everyone, (socket.gethostname(), mine))
         first_host, first = everyone[0]
         for rank, (host, other) in enumerate(everyone):
             if other != first:
@@ -139,7 +142,10 @@ def joined_ranks(gpus: int | None = None) -> Iterator[Ranks]:
     rank, n_ranks, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     prefix = f"start_{restarts_so_far()}"  # torch shares the store between restarts, with what the dead wrote
     store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-    with open_watch(rank=rank, n_ranks=n_ranks, prefix=prefix) as watch, watch.together(last=True):
+    watch = open_watch(rank=rank, n_ranks=n_ranks, prefix=prefix)
+    if watch.is_over():
+        raise SystemExit(2)
+    with watch, watch.together(last=True):
         device = device_of(local, gpus)
         if rank == 0 and (n := restarts_so_far()):
             most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", n)
@@ -167,6 +173,15 @@ def name_differences(one: Mapping[str, object], other: Mapping[str, object], *, 
     keys = [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
     parts = [f"{key} is {one.get(key, 'missing')}, not {other.get(key, 'missing')}" for key in keys[:most]]
     return ", ".join(parts) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def _digest_of_code() -> str:
+    """Name the code of the package, wherever it is installed."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def device_of(local: int, gpus: int | None) -> torch.device:

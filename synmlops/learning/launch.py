@@ -75,15 +75,14 @@ def tell_launcher(error: SynmlopsError) -> bool:
     return True
 
 
-def leave_crash(text: str, *, step: int) -> None:
-    """Note a worker's crash; the same one again at the same step is no accident, and all must stop.
+def leave_crash(crash: str) -> None:
+    """Note a worker's crash and where; the same one again is no accident, and all must stop.
 
     Without our launcher nobody starts the group again, and nothing is noted.
     """
     path = os.environ.get(_STOP_FILE)
     if not is_worker() or path is None:
         return
-    crash = f"{text} (at step {step})"
     note = Path(path).with_name("crash")
     if note.exists() and note.read_text() == crash:
         Path(path).write_text(

@@ -33,6 +33,7 @@ SILENCE_S = 30.0
 PARTING_S = 10.0
 """Seconds that the others wait for rank 0 to put the failure on record."""
 _REASON, _HEARD, _DONE = "reason", "heard", "done"
+_CRASH, _OVER = "crash", "over"  # these outlive a restart
 _LOST = "another process ended without a word: it was killed, or its machine went down"
 
 
@@ -66,10 +67,13 @@ class Watch:
     store : Store
         A connection of the watch's own, since one that waits in another thread answers nobody.
     rank, n_ranks : int
+    prefix : str
+        Of this start of the group; what is said without it outlives a restart.
     """
 
-    def __init__(self, store: Store, *, rank: int, n_ranks: int) -> None:
-        self._store, self._rank, self._n_ranks = store, rank, n_ranks
+    def __init__(self, store: Store, *, rank: int, n_ranks: int, prefix: str) -> None:
+        self._lasting, self._store = store, PrefixStore(prefix, store)
+        self._rank, self._n_ranks = rank, n_ranks
         self._left = threading.Event()
         self._mutex = threading.Lock()  # of the connection
         self.step = 0  # of training, where this process is
@@ -115,6 +119,13 @@ class Watch:
             if self._rank == 0 and last:
                 self._tell(_DONE)
 
+    def is_over(self) -> bool:
+        """Whether an earlier start of this group ended with what another start cannot mend.
+
+        Our launcher knows by itself; torchrun, given restarts, begins again whatever happened.
+        """
+        return bool(self._lasting.check([_OVER]))
+
     def wait_for_reason(self, seconds: float) -> Reason | None:
         """Wait until some process has said why it stopped."""
         until = time.monotonic() + seconds
@@ -143,12 +154,13 @@ class Watch:
             elif isinstance(error, Exception):  # whoever ended the other will end this one too
                 error = SystemExit(128 + signal.SIGTERM)
         elif isinstance(error, Exception) and not isinstance(error, SynmlopsError):
-            leave_crash(_text_of(error), step=self.step)
+            self._note_crash(error)
             error = RuntimeError(f"{_LOST} ({_first_line(error)})") if _is_of_a_lost_peer(error) else error
         if isinstance(error, SynmlopsError):
             if not self._is_said and not tell_launcher(error):
                 print(f"synmlops: {error}", file=sys.stderr, flush=True)
             self._is_said = True
+            self._end_for_good()
             return SystemExit(2) if last else error
         return error
 
@@ -160,7 +172,7 @@ class Watch:
         is_mine = reason is None or reason.rank == self._rank
         told = isinstance(error, SynmlopsError) and is_mine and tell_launcher(error)
         if is_mine and isinstance(error, Exception) and not isinstance(error, SynmlopsError):
-            leave_crash(_text_of(error), step=self.step)
+            self._note_crash(error)
             traceback.print_exception(error)
             error = SystemExit(1)
         until = time.monotonic() + PARTING_S
@@ -169,6 +181,21 @@ class Watch:
         if reason is not None and not is_mine:
             return SystemExit(reason.exit_code)
         return SystemExit(2) if told or (isinstance(error, SynmlopsError) and self._is_set(_HEARD)) else error
+
+    def _note_crash(self, error: Exception) -> None:
+        """Leave word of a crash; the same one again at the same step is no accident, and all is over."""
+        crash = f"{_text_of(error)} (at step {self.step})"
+        leave_crash(crash)
+        with suppress(RuntimeError), self._mutex:
+            before = self._lasting.get(_CRASH) if self._lasting.check([_CRASH]) else b""
+            self._lasting.set(_CRASH, crash)
+            if before.decode() != crash:
+                return
+        self._end_for_good()
+
+    def _end_for_good(self) -> None:
+        with suppress(RuntimeError), self._mutex:
+            self._lasting.set(_OVER, "")
 
     def _look(self) -> None:
         beats: dict[int, tuple[bytes, float]] = {}
@@ -241,7 +268,7 @@ def open_watch(*, rank: int, n_ranks: int, prefix: str) -> Watch:
         wait_for_workers=False,
         timeout=timedelta(seconds=60),
     )
-    return Watch(PrefixStore(f"{prefix}_watch", store), rank=rank, n_ranks=n_ranks)
+    return Watch(PrefixStore("synmlops", store), rank=rank, n_ranks=n_ranks, prefix=f"{prefix}_watch")
 
 
 def _is_of_a_lost_peer(error: BaseException) -> bool:
