@@ -4,8 +4,8 @@
 
 Runs itself under torch's launcher in two processes of one thread each. In turns, so that a busy machine hits
 all alike: one process takes the whole batch while the other waits; both share it under DDP; both share it
-without exchanging gradients; gradients alone are summed. Data are random, in the shapes of params.yaml; the
-step is the training loop's own: forward, loss with its sums over ranks, backward, clipping, optimiser.
+without exchanging anything; gradients alone are summed. Data are random, in the shapes of params.yaml; the
+step is the trainer's own.
 
 The expected scaling is arithmetic, not measured: a ring all-reduce moves 2 (N - 1) / N gradient bytes over
 the slowest link, and DDP hides it behind backward except for the last bucket.
@@ -18,20 +18,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from synmlops.learning.losses import compute_loss
-from synmlops.learning.networks.registry import build_network
-from synmlops.params import Params, load_params
+from synmlops.learning.checkpoint import ModelMeta
+from synmlops.learning.distributed import Ranks
+from synmlops.learning.feed import Batch
+from synmlops.learning.trainer import Recipe, Trainer
+from synmlops.params import CHANNELS, Params, load_params
+from synmlops.volumes.prepared import BACKGROUND, PRE
 
 TURNS = 5
 STEPS = 6  # of each kind in a turn
+FOREGROUND = 0.01  # share of the voxels
 
 LINKS = {  # bytes per second and direction of one GPU, as the makers give them; what an all-reduce gets of it
     "8 GPUs, one node (NVLink 4, 450 GB/s)": (8, 450e9 * 0.8),
@@ -43,42 +45,31 @@ BUCKET_BYTES = 25 * 2**20  # of DDP; what is left over after backward is one buc
 
 
 class Step:
-    """One optimiser step on random data; `share` of the global batch."""
+    """The training loop's own step, over and over on one batch of noise with rare foreground."""
 
-    def __init__(self, params: Params, *, share: int, wrap: bool) -> None:
-        torch.manual_seed(0)
-        self.network = build_network(params.network)
-        self.wrapped: nn.Module = DistributedDataParallel(self.network) if wrap else self.network
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-4, fused=True)
+    def __init__(self, params: Params, *, ranks: Ranks, share: int) -> None:
         shape = (share, *params.sampling.patch_zyx)
-        self.image = torch.randn(shape)[:, None]
-        self.targets = (torch.rand(share, 3, *shape[1:]) < 0.01).float()
-        self.valid = torch.ones_like(self.targets)
-        self.params = params
+        sampling = params.sampling.model_copy(update={"batch_size": share * ranks.n_ranks})
+        meta = ModelMeta(
+            network=params.network, channels=CHANNELS, mean=0.0, std=1.0, voxel_nm=(40.0, 8.0, 8.0)
+        )
+        self._trainer = Trainer(replace(Recipe.of(params), sampling=sampling), meta=meta, ranks=ranks)
+        self._batch = Batch(
+            image=torch.randn(shape),
+            sides=torch.where(torch.rand(shape) < FOREGROUND, PRE, BACKGROUND).to(torch.uint8),
+            known=torch.ones((share, len(CHANNELS)), dtype=torch.bool),
+            draws=(),
+        )
 
-    def take(self, *, alone: bool = False, n_ranks: int = 1) -> None:
-        """Descend once; `alone` exchanges nothing with the other ranks."""
-        quiet = nullcontext() if not alone else self.wrapped.no_sync()  # type: ignore[operator]
-        over_ranks = n_ranks > 1 and not alone
-        with quiet:
-            loss = compute_loss(
-                self.wrapped(self.image),
-                self.targets,
-                self.valid,
-                params=self.params.loss,
-                sum_over_ranks=_sum if over_ranks else lambda value: value,
-                n_ranks=n_ranks,
-            )
-            self.optimizer.zero_grad()
-            loss.total.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        self.optimizer.step()
+    def take(self) -> None:
+        """Descend once."""
+        self._trainer.progress.step += 1
+        self._trainer.descend(self._batch)
 
-
-def _sum(value: Tensor) -> Tensor:
-    value = value.clone()
-    dist.all_reduce(value)
-    return value
+    @property
+    def n_parameters(self) -> int:
+        """Of the network."""
+        return sum(weight.numel() for weight in self._trainer.network.parameters())
 
 
 def _timed(run: Callable[[], None], n: int) -> float:
@@ -95,13 +86,16 @@ def work(params: Params) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     rank, n_ranks, batch = dist.get_rank(), dist.get_world_size(), params.sampling.batch_size
-    whole, shared = Step(params, share=batch, wrap=False), Step(params, share=batch // n_ranks, wrap=True)
-    n_parameters = sum(p.numel() for p in shared.network.parameters())
-    gradient = torch.zeros(n_parameters)
+    cpu, share = torch.device("cpu"), batch // n_ranks
+    alone = Ranks(0, 1, cpu)
+    whole = Step(params, ranks=alone, share=batch)
+    apart = Step(params, ranks=alone, share=share)
+    together = Step(params, ranks=Ranks(rank, n_ranks, cpu), share=share)
+    gradient = torch.zeros(together.n_parameters)
     kinds: dict[str, Callable[[], None]] = {
         "one": whole.take if rank == 0 else lambda: None,
-        "two": lambda: shared.take(n_ranks=n_ranks),
-        "two, nothing exchanged": lambda: shared.take(alone=True, n_ranks=n_ranks),
+        "two": together.take,
+        "two, nothing exchanged": apart.take,
         "gradients alone": lambda: dist.all_reduce(gradient),
     }
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -111,7 +105,7 @@ def work(params: Params) -> None:
             if turn:  # the first warms up
                 times[kind].append(seconds)
     if rank == 0:
-        _report(params, times, n_parameters)
+        _report(params, times, together.n_parameters)
     dist.destroy_process_group()
 
 

@@ -31,7 +31,7 @@ from synmlops.learning.feed import Batch
 from synmlops.learning.networks.native import kernels
 from synmlops.learning.networks.plus_unet import from_pytc
 from synmlops.learning.networks.report import gflop_per_megavoxel
-from synmlops.learning.trainer import Recipe, Row, Trainer
+from synmlops.learning.trainer import Recipe, Row, Silent, Trainer
 from synmlops.params import CHANNELS, AugmentParams, LossParams, NetworkParams, SamplingParams, TrainParams
 
 LEARNING_RATE = 1e-3
@@ -117,20 +117,14 @@ def _work(pipe: Connection, kind: str, options: argparse.Namespace) -> None:
     pipe.send(breakdown(lambda: step(batch), device))
 
 
-class _Curves:
-    """Keeps the last loss that the trainer logs."""
+class _Curves(Silent):
+    """Keeps the last loss that the trainer logs; a few steps may raise alarms."""
 
     loss = float("nan")
 
     def logged(self, step: int, row: Row) -> None:
         """Hear of a point of a curve."""
         self.loss = row["loss"]
-
-    def saved(self, step: int) -> None:
-        """Hear of a checkpoint; there is none."""
-
-    def alarm(self, step: int, message: str) -> None:
-        """Hear of collapsed channels, which a few steps may have."""
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from synmlops.learning.checkpoint import Model, ModelMeta
 from synmlops.learning.distributed import Ranks
-from synmlops.learning.loop import Recipe, Row, fit
+from synmlops.learning.loop import Recipe, Silent, fit
 from synmlops.learning.networks.registry import build_network
 from synmlops.learning.sampling import train_regions
 from synmlops.params import Params, load_params
@@ -125,14 +125,8 @@ class Tally:
     counts: Table
 
 
-class _Silent:
-    """Training tells nobody."""
-
-    def logged(self, step: int, row: Row) -> None:
-        pass
-
-    def saved(self, step: int) -> None:
-        pass
+class _Alarms(Silent):
+    """Training tells of nothing else."""
 
     def alarm(self, step: int, message: str) -> None:
         print(f"step {step}: {message}", flush=True)
@@ -172,8 +166,7 @@ def recipe_of(arm: str, base: Params, *, steps: int, seed: int) -> Recipe:
     never = {"validate_every": steps, "checkpoint_every": steps}
     sections["train"] |= {"steps": steps, "precision": "float32", **never}
     network = base.network.model_dump()
-    params = Params.model_validate({"data": base.data, "network": network, "seed": seed, **sections})
-    return Recipe(params.network, params.sampling, params.augment, params.loss, params.train, params.seed)
+    return Recipe.of(Params.model_validate({"data": base.data, "network": network, "seed": seed, **sections}))
 
 
 def train(job: Job, base: Params, manifest: Manifest, *, steps: int) -> tuple[Model, float]:
@@ -195,7 +188,7 @@ def train(job: Job, base: Params, manifest: Manifest, *, steps: int) -> tuple[Mo
         begin = time.process_time()
         states = Path(scratch) / "states"
         fitted = fit(
-            recipe, regions, meta=meta, ranks=ranks, states=states, validate=None, observer=_Silent()
+            recipe, regions, meta=meta, ranks=ranks, states=states, validate=None, observer=_Alarms()
         )
         seconds = time.process_time() - begin
     network = build_network(base.network)

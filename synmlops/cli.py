@@ -202,6 +202,7 @@ def evaluate(
 ) -> None:
     """Decode the probabilities, match partners to the truth, write scores, tables and a report."""
     from synmlops.stages.evaluate import run
+    from synmlops.stages.scores import score_table
 
     run(load_params(params), prepared=prepared, predicted=predicted, curves=models / "history.csv", out=out)
     typer.echo(score_table(out))
@@ -213,6 +214,7 @@ def scores(
     folder: Annotated[Path, typer.Argument(help="What evaluate wrote.")] = EVALUATED,
 ) -> None:
     """Print the F1 table of the last evaluation, where its report is, and how to open the MLflow UI."""
+    from synmlops.stages.scores import score_table
     from synmlops.tracking.lineage import project_root, ui_command
 
     typer.echo(score_table(folder))
@@ -293,6 +295,7 @@ def network(
     from synmlops.learning.distributed import pick_device
     from synmlops.learning.networks import show
     from synmlops.learning.networks.report import report_on
+    from synmlops.stages.prepare import voxel_nm_of
 
     given = {} if patch is None else {"sampling.patch_zyx": patch.split(",")}
     settings = load_params(params, overrides=given)
@@ -300,7 +303,7 @@ def network(
     report = report_on(
         settings.network, train=settings.train, patch_zyx=sampling.patch_zyx, device=pick_device(gpus)
     )
-    voxel_nm = _voxel_nm(settings, prepared)
+    voxel_nm = voxel_nm_of(settings.data, prepared)
     if as_json:
         typer.echo(show.as_json(report, batch=sampling.batch_size, voxel_nm=voxel_nm))
     else:
@@ -395,43 +398,6 @@ def vnc(
             )
 
 
-def score_table(folder: Path) -> str:
-    """Give the main scores of an evaluation as an aligned text table.
-
-    Raises
-    ------
-    SynmlopsError
-        If there is no evaluation.
-    """
-    import json
-
-    path = folder / "metrics.json"
-    try:
-        metrics: dict[str, float] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SynmlopsError(
-            f"{path}: cannot be read ({error}); run `synmlops evaluate` or `dvc checkout`"
-        ) from error
-    names = {
-        "voxel_union": "union voxels",
-        "voxel_pre": "pre voxels",
-        "voxel_post": "post voxels",
-        "detection": "synapses (IoU)",
-        "detection_centroid": "synapses (centroid)",
-        "partner": "partners",
-        "partner_neurons": "partners, same neurons",
-    }
-    rows = [f"{'':24}{'F1':>8}{'precision':>11}{'recall':>8}"]
-    for key, title in names.items():
-        if f"{key}_f1" in metrics:
-            f1, precision, recall = (metrics[f"{key}_{part}"] for part in ("f1", "precision", "recall"))
-            rows.append(f"{title:24}{f1:8.3f}{precision:11.3f}{recall:8.3f}")
-    if "direction_accuracy" in metrics:
-        rows.append(f"{'direction accuracy':24}{metrics['direction_accuracy']:8.3f}")
-    rows.append(f"{'threshold':24}{metrics['threshold']:8.3f}")
-    return "\n".join(rows)
-
-
 def _count_ranks(gpus: int | None, processes: int) -> int:
     """Settle how many processes train: one per GPU, else as many as were asked for on the CPU."""
     from synmlops.learning.distributed import check_gpus
@@ -457,20 +423,6 @@ def _given_volumes(params: Params, image: str | None, label: str | None, kind: s
         guard = params.network.receptive_field_zyx()[1]
         overrides["data.split"] = {"axis": "y", "bands": 4, "guard": guard}
     return overrides
-
-
-def _voxel_nm(params: Params, prepared: Path) -> tuple[float, float, float] | None:
-    """Give the voxel size that training sees: of prepared volumes, else what the params say, if they do."""
-    from synmlops.volumes.prepared import read_manifest
-
-    if (prepared / "manifest.json").exists():
-        return next(iter(read_manifest(prepared).volumes.values())).grid.voxel_nm
-    phantom = params.data.phantom
-    given = params.data.voxel_nm or (None if phantom is None else phantom.voxel_nm)
-    if given is None:
-        return None
-    z, y, x = (size * n for size, n in zip(given, params.data.pool_zyx, strict=True))
-    return z, y, x
 
 
 def _three_numbers(text: str | None) -> tuple[float, float, float] | None:

@@ -100,7 +100,8 @@ def _modules_that_can_change(stage: str) -> set[str]:
 def _sources_named_in(path: Path) -> Iterator[Path]:
     """Give the C++ files beside a module that it names."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(".cpp"):
+        named = isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(".cpp")
+        if named and path.with_name(node.value).is_file():
             yield path.with_name(node.value)
 
 

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -292,6 +293,21 @@ def test_gpus_that_are_not_there(root: Path, tiny_project: TinyProject, start: t
         assert done.stderr.splitlines() == messages
 
 
+def _end_once(process: subprocess.Popen[str], is_there: Callable[[], bool]) -> str:
+    """Send SIGTERM when the time has come, which ends the process quietly; give what it said."""
+    try:
+        deadline = time.monotonic() + 120
+        while not is_there() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in stderr
+    return stderr
+
+
 @pytest.mark.slow
 def test_ended_from_outside_without_a_traceback(tiny_project: TinyProject, tmp_path: Path) -> None:
     """A scheduler's SIGTERM ends launcher and workers quietly, and leaves no model behind."""
@@ -301,23 +317,9 @@ def test_ended_from_outside_without_a_traceback(tiny_project: TinyProject, tmp_p
     )
     _write_params(tmp_path, tiny_project)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "synmlops", "train", "--prepared", tiny_project.prepared, "--processes", "2"],
-        cwd=tmp_path,
-        env=os.environ | NO_GPUS | {"PYTHONPATH": path},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob("up_*"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "Traceback" not in stderr
+    train = ("-m", "synmlops", "train", "--prepared", str(tiny_project.prepared), "--processes", "2")
+    process = _start(tmp_path, *train, env={"PYTHONPATH": path})
+    _end_once(process, lambda: len(list(tmp_path.glob("up_*"))) == 2)
     assert not (tmp_path / "models").exists()
 
 
@@ -330,16 +332,7 @@ def test_sigterm_saves_the_step_on_all_processes(
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     train = ("-m", "synmlops", "train", "--prepared", str(tiny_project.prepared), "--processes", "2")
     process = _start(root, *train, "--out", "ended", env={"PYTHONPATH": path})
-    try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "at_0_6").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "Traceback" not in stderr
+    stderr = _end_once(process, (tmp_path / "at_0_6").exists)
     [saved] = re.findall(r"asked to end; step (\d+) is saved", stderr)
     assert saved in ("6", "7")
     assert [path.name for path in root.glob(f".synmlops/checkpoints/*/*/step_*{saved}.pt")]

@@ -71,15 +71,8 @@ class Bench:
     states: Path
 
     def recipe(self, **train: Any) -> Recipe:
-        params = self.project.params
-        return Recipe(
-            network=params.network,
-            sampling=params.sampling,
-            augment=params.augment,
-            loss=params.loss,
-            train=params.train.model_copy(update=train),
-            seed=params.seed,
-        )
+        recipe = Recipe.of(self.project.params)
+        return replace(recipe, train=recipe.train.model_copy(update=train))
 
     def fit(
         self,
@@ -306,7 +299,7 @@ def test_a_step_that_is_not_finite_moves_nothing(
     )
     seen = []
     regions = [LabelledRegion(volume, Box((0, 0, 0), volume.shape_zyx))]
-    with feed_of(recipe, regions, meta=meta, ranks=ALONE) as feed:
+    with feed_of(recipe, regions, mean=meta.mean, std=meta.std, ranks=ALONE) as feed:
         for step in (1, 2, 3):
             trainer.progress.step = step
             trainer.descend(feed.batch(step))

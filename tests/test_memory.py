@@ -14,23 +14,11 @@ import pytest
 import torch
 from tiny import TinyProject
 
-from synmlops.learning.loop import Row
 from synmlops.learning.memory import Demand, fits, is_out_of_memory, largest_batch, out_of_memory
 from synmlops.params import SynmlopsError
 
 CPU = torch.device("cpu")
 DEMAND = Demand(device=CPU, patch_zyx=(8, 64, 64), part=8, share=8, n_ranks=2, weights_bytes=1)
-
-
-class Silent:
-    def logged(self, step: int, row: Row) -> None:
-        pass
-
-    def saved(self, step: int) -> None:
-        pass
-
-    def alarm(self, step: int, message: str) -> None:
-        pass
 
 
 @contextmanager
@@ -101,11 +89,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-from test_memory import Silent, room
+from test_memory import room
 from tiny import tiny_params
 from synmlops.learning.checkpoint import ModelMeta
 from synmlops.learning.distributed import Ranks
-from synmlops.learning.loop import Recipe, fit
+from synmlops.learning.loop import Recipe, Silent, fit
 from synmlops.learning.sampling import LabelledRegion
 from synmlops.params import CHANNELS, DataParams, PhantomParams, SynmlopsError
 from synmlops.volumes.prepared import Box, read_manifest
@@ -117,7 +105,7 @@ meta = ModelMeta(network=params.network, channels=CHANNELS, mean=128, std=20, vo
 def train(name, batch_size, accumulate=1):
     sampling = params.sampling.model_copy(update={"patch_zyx": (8, 48, 48), "batch_size": batch_size})
     train = params.train.model_copy(update={"steps": 1, "warmup_steps": 0, "accumulate": accumulate})
-    recipe = Recipe(params.network, sampling, params.augment, params.loss, train, seed=1)
+    recipe = replace(Recipe.of(params), sampling=sampling, train=train, seed=1)
     region = LabelledRegion(volume, Box((0, 0, 0), volume.shape_zyx))
     ranks, states = Ranks(0, 1, torch.device(device)), out / name
     fit(recipe, [region], meta=meta, ranks=ranks, states=states, validate=None, observer=Silent())

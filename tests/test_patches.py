@@ -9,20 +9,27 @@ from tiny import TinyProject
 from typer.testing import CliRunner
 
 from synmlops.cli import app
-from synmlops.learning.checkpoint import ModelMeta
 from synmlops.learning.distributed import Ranks
-from synmlops.learning.look import look_at, open_feed
+from synmlops.learning.feed import Feed
+from synmlops.learning.look import look_at
 from synmlops.learning.loop import feed_of
 from synmlops.learning.sampling import train_regions
 from synmlops.learning.trainer import Recipe
 from synmlops.params import AugmentParams, Params, SynmlopsError
 from synmlops.stages.patches import alone, run
 from synmlops.tracking.figures import COLOURS
-from synmlops.volumes.prepared import UNTRUSTED
+from synmlops.volumes.prepared import UNTRUSTED, Manifest
 
 
 def _with(params: Params, **augment: object) -> Params:
     return params.model_copy(update={"augment": AugmentParams(**{**params.augment.model_dump(), **augment})})
+
+
+def _feed(params: Params, manifest: Manifest) -> Feed:
+    """Give what the training loop takes its batches from."""
+    regions = train_regions(manifest.folds[0], manifest, patch_zyx=params.sampling.patch_zyx)
+    alone = Ranks(0, 1, torch.device("cpu"))
+    return feed_of(Recipe.of(params), regions, mean=manifest.mean, std=manifest.std, ranks=alone)
 
 
 def _pixels(path: Path) -> np.ndarray:
@@ -34,27 +41,12 @@ def test_the_sheet_shows_the_very_patches_of_training(tiny_project: TinyProject,
     """Draws, voxels and sides of each patch are those of the batch that the training loop takes."""
     params, manifest = _with(tiny_project.params, rotate={"probability": 0.5}), tiny_project.manifest
     titles = run(params, prepared=tiny_project.prepared, out=tmp_path / "sheet.png", step=5, n=4)
-    sections = ("network", "sampling", "augment", "loss", "train")
-    recipe = Recipe(**{name: getattr(params, name) for name in sections}, seed=params.seed)
-    meta = ModelMeta(
-        network=params.network,
-        channels=("pre", "post", "union"),
-        mean=manifest.mean,
-        std=manifest.std,
-        voxel_nm=(40.0, 8.0, 8.0),
-        fold="all",
-    )
-    regions = train_regions(manifest.folds[0], manifest, patch_zyx=params.sampling.patch_zyx)
-    settings = {"sampling": params.sampling, "augment": params.augment, "seed": params.seed}
-    with (
-        feed_of(recipe, regions, meta=meta, ranks=Ranks(0, 1, torch.device("cpu"))) as feed,
-        open_feed(regions, **settings, mean=manifest.mean, std=manifest.std) as own,
-    ):
+    with _feed(params, manifest) as feed:
         batches = [feed.batch(step) for step in (5, 6)]  # of two patches each
         draws = [draw for batch in batches for draw in batch.draws]
         assert titles == [f"step {5 + n // 2}, patch {n % 2}: {draw}" for n, draw in enumerate(draws)]
         for n in range(4):
-            look = look_at(own, 5 + n // 2, n % 2, clip=(0.2, 0.8))
+            look = look_at(feed, 5 + n // 2, n % 2, clip=(0.2, 0.8))
             assert (look.seen_image == batches[n // 2].image[n % 2].numpy()).all()
             assert (look.seen_sides == batches[n // 2].sides[n % 2].numpy()).all()
 
@@ -65,9 +57,7 @@ def test_weights_are_those_of_the_loss(tiny_project: TinyProject) -> None:
         _with(tiny_project.params, misalign={"probability": 1, "shift": 8}),
         tiny_project.manifest,
     )
-    regions = train_regions(manifest.folds[0], manifest, patch_zyx=params.sampling.patch_zyx)
-    settings = {"sampling": params.sampling, "augment": params.augment, "seed": params.seed}
-    with open_feed(regions, **settings, mean=manifest.mean, std=manifest.std) as feed:
+    with _feed(params, manifest) as feed:
         look = look_at(feed, 1, 0, clip=(0.001, 0.999))
     trusted = look.seen_sides != UNTRUSTED
     foreground = trusted & (look.seen_sides > 0)
@@ -123,7 +113,7 @@ def test_command(tiny_project: TinyProject, tmp_path: Path) -> None:
     assert call("--n", "2", "--seed", "8") != first
     assert call("--n", "2", "--step", "2") != first
     with pytest.raises(
-        SynmlopsError, match=r"--only elastics: no augmentation, did you mean elastic\? There"
+        SynmlopsError, match=r"--only elastics: no augmentation; did you mean elastic\? there are"
     ):
         call("--only", "elastics")
     with pytest.raises(SynmlopsError, match=r"--fold 7: there is none of this name; there are all"):

@@ -1,3 +1,4 @@
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,3 +243,23 @@ def test_a_gpu_gives_what_a_cpu_gives() -> None:
             rough = network(image.cuda()).float().cpu()
     torch.testing.assert_close(here, there, atol=2e-2, rtol=1e-2)  # TF32
     assert (rough - here).abs().mean() < 0.05 * here.abs().mean()
+
+
+@needs_kernels
+def test_kernels_leave_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    native._compiled.cache_clear()
+    assert kernels().library is not None
+    assert not list(tmp_path.iterdir())
+
+
+@needs_kernels
+def test_a_home_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Path:
+        raise PermissionError
+
+    monkeypatch.setattr(native, "_cache_folder", refuse)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    native._compiled.cache_clear()
+    assert kernels().library is not None
+    assert len(list(tmp_path.glob("synmlops_*/kernels_*.so"))) == 1

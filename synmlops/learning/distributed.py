@@ -179,8 +179,11 @@ def _digest_of_code() -> str:
     """Name the code of the package, wherever it is installed."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    sources = {
+        path.relative_to(root).as_posix(): path for kind in ("*.py", "*.cpp") for path in root.rglob(kind)
+    }
+    for name, path in sorted(sources.items()):
+        digest.update(name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -1,6 +1,5 @@
 """What training sees of a patch, before and after augmentation, for a picture."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +8,7 @@ from numpy.typing import NDArray
 
 from synmlops.learning.feed import Drawn, Feed
 from synmlops.learning.losses import foreground_weights
-from synmlops.learning.sampling import LabelledRegion, PatchSampler
 from synmlops.learning.targets import targets_of
-from synmlops.params import AugmentParams, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -26,36 +23,13 @@ class Look:
     weight: NDArray[np.float32]  # of each voxel in the loss, 0 where it does not count
 
 
-def open_feed(
-    regions: Sequence[LabelledRegion],
-    *,
-    sampling: SamplingParams,
-    augment: AugmentParams,
-    seed: int,
-    mean: float,
-    std: float,
-) -> Feed:
-    """Give the patches of a training on the CPU."""
-    return Feed(
-        PatchSampler(regions, params=sampling, seed=seed),
-        augment=augment,
-        batch_size=sampling.batch_size,
-        rank=0,
-        n_ranks=1,
-        mean=mean,
-        std=std,
-        isotropic=len(set(regions[0].volume.grid.voxel_nm)) == 1,
-        device=torch.device("cpu"),
-    )
-
-
 def look_at(feed: Feed, step: int, index: int, *, clip: tuple[float, float]) -> Look:
     """Make patch `index` of the batch of a step, as training does.
 
     Parameters
     ----------
     feed : Feed
-        From `open_feed`.
+        On the CPU.
     step, index : int
     clip : tuple of float
         `loss.foreground_weight_clip`.

@@ -16,10 +16,10 @@ from synmlops.learning.optim import learning_rate_at
 from synmlops.learning.sampling import LabelledRegion, PatchSampler
 from synmlops.learning.states import States
 from synmlops.learning.stopping import Stopping
-from synmlops.learning.trainer import Observer, Recipe, Row, Trainer
+from synmlops.learning.trainer import Observer, Recipe, Row, Silent, Trainer
 from synmlops.progress import say
 
-__all__ = ["LOG_EVERY", "Fitted", "Observer", "Recipe", "Row", "fit", "learning_rate_at"]
+__all__ = ["LOG_EVERY", "Fitted", "Observer", "Recipe", "Row", "Silent", "fit", "learning_rate_at"]
 
 LOG_EVERY = 10
 """Steps between two points of the loss curve, a validation adding one; each is the mean since the last."""
@@ -80,7 +80,7 @@ def fit(
     trainer, kept = Trainer(recipe, meta=meta, ranks=ranks), States(states)
     trainer.restore(kept)
     train, progress = recipe.train, trainer.progress
-    with feed_of(recipe, regions, meta=meta, ranks=ranks) as feed, Stopping() as stopping:
+    with feed_of(recipe, regions, mean=meta.mean, std=meta.std, ranks=ranks) as feed, Stopping() as stopping:
         while progress.is_due or (progress.step < train.steps and not progress.stopped):
             if not progress.is_due:  # it is if training was asked to end before it could validate
                 _take_step(trainer, feed, observer, validates=validate is not None)
@@ -121,17 +121,20 @@ def _take_step(trainer: Trainer, feed: Feed, observer: Observer, *, validates: b
         trainer.log(observer)
 
 
-def feed_of(recipe: Recipe, regions: Sequence[LabelledRegion], *, meta: ModelMeta, ranks: Ranks) -> Feed:
-    """Give the batches of a training, on this rank."""
+def feed_of(
+    recipe: Recipe, regions: Sequence[LabelledRegion], *, mean: float, std: float, ranks: Ranks
+) -> Feed:
+    """Give the batches of a training, on this rank; `mean` and `std` are grey levels."""
+    voxel_nm = regions[0].volume.grid.voxel_nm  # as of all: prepare refuses others
     return Feed(
         PatchSampler(regions, params=recipe.sampling, seed=recipe.seed),
         augment=recipe.augment,
         batch_size=recipe.sampling.batch_size,
         rank=ranks.rank,
         n_ranks=ranks.n_ranks,
-        mean=meta.mean,
-        std=meta.std,
-        isotropic=max(meta.voxel_nm) <= 1.05 * min(meta.voxel_nm),
+        mean=mean,
+        std=std,
+        isotropic=max(voxel_nm) <= 1.05 * min(voxel_nm),
         device=ranks.device,
     )
 

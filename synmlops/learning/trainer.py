@@ -26,6 +26,7 @@ from synmlops.params import (
     AugmentParams,
     LossParams,
     NetworkParams,
+    Params,
     SamplingParams,
     SynmlopsError,
     TrainParams,
@@ -45,6 +46,11 @@ class Recipe:
     train: TrainParams
     seed: int
 
+    @classmethod
+    def of(cls, params: Params) -> "Recipe":
+        """Take from all params what training depends on."""
+        return cls(params.network, params.sampling, params.augment, params.loss, params.train, params.seed)
+
 
 class Observer(Protocol):
     """Who is told how training goes; only on rank 0."""
@@ -57,6 +63,19 @@ class Observer(Protocol):
 
     def alarm(self, step: int, message: str) -> None:
         """Hear of what needs a look: a channel that collapsed or recovered, a loss that is not finite."""
+
+
+class Silent:
+    """The observer that tells nobody."""
+
+    def logged(self, step: int, row: Row) -> None:
+        """Let a point of a curve pass."""
+
+    def saved(self, step: int) -> None:
+        """Let a checkpoint pass."""
+
+    def alarm(self, step: int, message: str) -> None:
+        """Let an alarm pass."""
 
 
 @dataclass

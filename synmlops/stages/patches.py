@@ -12,7 +12,9 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from pydantic import BaseModel
 from scipy.ndimage import binary_erosion
 
-from synmlops.learning.look import Look, look_at, open_feed
+from synmlops.learning.distributed import Ranks, pick_device
+from synmlops.learning.look import Look, look_at
+from synmlops.learning.loop import Recipe, feed_of
 from synmlops.learning.sampling import train_regions
 from synmlops.params import AugmentParams, Params, SynmlopsError
 from synmlops.tracking.figures import COLOURS
@@ -118,8 +120,8 @@ def alone(augment: AugmentParams, name: str) -> AugmentParams:
     names = list(AugmentParams.model_fields)
     if name not in names:
         near = get_close_matches(name, names, n=1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        raise SynmlopsError(f"--only {name}: no augmentation{hint} There are {', '.join(names)}")
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise SynmlopsError(f"--only {name}: no augmentation; {hint}there are {', '.join(names)}")
     changed: dict[str, BaseModel | float] = {}
     for key in names:
         part, chance = getattr(augment, key), float(key == name)
@@ -142,17 +144,12 @@ def _rows(
     params: Params, manifest: Manifest, fold: Fold, step: int, n: int, only: str | None
 ) -> Iterator[_Row]:
     """Make n patches from a step on."""
-    sampling = params.sampling
-    augment = params.augment if only is None else alone(params.augment, only)
+    sampling, recipe = params.sampling, Recipe.of(params)
+    if only is not None:
+        recipe = replace(recipe, augment=alone(params.augment, only))
     regions = train_regions(fold, manifest, patch_zyx=sampling.patch_zyx)
-    with open_feed(
-        regions,
-        sampling=sampling,
-        augment=augment,
-        seed=params.seed,
-        mean=manifest.mean,
-        std=manifest.std,
-    ) as feed:
+    ranks = Ranks(rank=0, n_ranks=1, device=pick_device(gpus=0))
+    with feed_of(recipe, regions, mean=manifest.mean, std=manifest.std, ranks=ranks) as feed:
         for number in range(n):
             at, index = step + number // sampling.batch_size, number % sampling.batch_size
             look = look_at(feed, at, index, clip=params.loss.foreground_weight_clip)

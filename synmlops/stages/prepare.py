@@ -19,7 +19,16 @@ from synmlops.progress import track
 from synmlops.volumes.files import atomic_folder
 from synmlops.volumes.labels import Intensities
 from synmlops.volumes.phantom import make_phantom
-from synmlops.volumes.prepared import ROLES, Box, Fold, Manifest, PreparedVolume, Region, write_manifest
+from synmlops.volumes.prepared import (
+    ROLES,
+    Box,
+    Fold,
+    Manifest,
+    PreparedVolume,
+    Region,
+    read_manifest,
+    write_manifest,
+)
 from synmlops.volumes.preparing import (
     Preparation,
     Source,
@@ -204,3 +213,15 @@ def _moved(manifest: Manifest, folder: Path) -> Manifest:
         for name, volume in manifest.volumes.items()
     }
     return replace(manifest, volumes=volumes)
+
+
+def voxel_nm_of(data: DataParams, prepared: Path) -> tuple[float, float, float] | None:
+    """Give the voxel size that training sees: of prepared volumes, else what the params say, if they do."""
+    if (prepared / "manifest.json").exists():
+        return next(iter(read_manifest(prepared).volumes.values())).grid.voxel_nm
+    phantom = data.phantom
+    given = data.voxel_nm or (None if phantom is None else phantom.voxel_nm)
+    if given is None:
+        return None
+    z, y, x = (size * n for size, n in zip(given, data.pool_zyx, strict=True))
+    return z, y, x

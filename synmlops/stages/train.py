@@ -15,7 +15,7 @@ from synmlops.layout import RUN_FILE, WHOLE, model_file
 from synmlops.learning.checkpoint import Model, ModelMeta, save_model
 from synmlops.learning.distributed import Ranks, joined_ranks
 from synmlops.learning.launch import restarts_so_far
-from synmlops.learning.loop import Fitted, Observer, Recipe, Row, fit
+from synmlops.learning.loop import Fitted, Observer, Recipe, Row, Silent, fit
 from synmlops.learning.predict import predict
 from synmlops.learning.resume import KEY_FILE, Facts, adopt, digest_of, facts_of
 from synmlops.learning.sampling import LabelledRegion, train_regions
@@ -31,7 +31,6 @@ from synmlops.volumes.prepared import Fold, Manifest, Region, read_manifest
 
 SECTIONS = ("seed", "data", "network", "sampling", "augment", "loss", "train")
 """What train depends on and logs."""
-
 
 NEUTRAL = ("train.checkpoint_every",)
 """Params that change no weight and no curve: a training goes on though they changed."""
@@ -105,7 +104,7 @@ def run_as(
     nested: Nested | None = None,
 ) -> RunRecord | None:
     """Do what `run` does as one of `ranks` that have met already."""
-    manifest, recipe = read_manifest(prepared), _recipe_of(params)
+    manifest, recipe = read_manifest(prepared), Recipe.of(params)
     facts = _facts_of(params, manifest)
     states = project_root() / ".synmlops" / "checkpoints" / digest_of(facts)
     training = _Training(params, recipe, manifest, facts, states)
@@ -115,7 +114,7 @@ def run_as(
         return _train_as_first(training, ranks, out=out, watch=watch, nested=nested)
     ranks.agree(facts)
     for fold in manifest.folds:
-        _fit_fold(training, fold, ranks=ranks, observer=_Silent(), run_key="")
+        _fit_fold(training, fold, ranks=ranks, observer=Silent(), run_key="")
     return None
 
 
@@ -251,17 +250,6 @@ def _log_volumes(run: StageRun, manifest: Manifest) -> None:
             )
 
 
-def _recipe_of(params: Params) -> Recipe:
-    return Recipe(
-        network=params.network,
-        sampling=params.sampling,
-        augment=params.augment,
-        loss=params.loss,
-        train=params.train,
-        seed=params.seed,
-    )
-
-
 def _fit_fold(
     training: _Training, fold: Fold, *, ranks: Ranks, observer: Observer, run_key: str
 ) -> tuple[Fitted, ModelMeta]:
@@ -331,17 +319,6 @@ def _write(
         pd.concat(tables).to_csv(temporary, index=False)
     run.log_artifact(out / "history.csv", "curves")
     run.record.write(out / RUN_FILE)
-
-
-class _Silent:
-    def logged(self, step: int, row: Row) -> None:
-        pass
-
-    def saved(self, step: int) -> None:
-        pass
-
-    def alarm(self, step: int, message: str) -> None:
-        pass
 
 
 @dataclass

@@ -354,6 +354,16 @@ void over_parts(Int samples, Int voxels, Int parts, Int threads, Body body) {
 constexpr Int kParts = 64;   // of a sample; fixed, so that sums do not depend on the number of threads
 constexpr Int kChunk = 128;  // voxels summed in float before they join a double
 
+// sums (samples, values) = the parts (samples, kParts, values) added up in their order.
+void join_parts(const std::vector<double>& parts, double* sums, Int samples, Int values) {
+  for (Int n = 0; n < samples; ++n)
+    for (Int c = 0; c < values; ++c) {
+      double sum = 0;
+      for (Int part = 0; part < kParts; ++part) sum += parts[(n * kParts + part) * values + c];
+      sums[n * values + c] = sum;
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -582,12 +592,7 @@ void moments(const float* x, double* sums, Int samples, Int voxels, Int channels
         for (int k = 0; k < kLane; ++k) total[c + k] += sum[k], total[channels + c + k] += square[k];
       }
   });
-  for (Int n = 0; n < samples; ++n)
-    for (Int c = 0; c < 2 * channels; ++c) {
-      double sum = 0;
-      for (Int part = 0; part < kParts; ++part) sum += parts[(n * kParts + part) * 2 * channels + c];
-      sums[n * 2 * channels + c] = sum;
-    }
+  join_parts(parts, sums, samples, 2 * channels);
 }
 
 // y = activation(x * scale + shift + other), scale and shift (samples, channels); other may be null.
@@ -625,12 +630,7 @@ void scale_shift_sums(const float* grad, const float* y, const float* x, float* 
         for (int k = 0; k < kLane; ++k) total[c + k] += sum[k], total[channels + c + k] += product[k];
       }
   });
-  for (Int n = 0; n < samples; ++n)
-    for (Int c = 0; c < 2 * channels; ++c) {
-      double sum = 0;
-      for (Int part = 0; part < kParts; ++part) sum += parts[(n * kParts + part) * 2 * channels + c];
-      sums[n * 2 * channels + c] = sum;
-    }
+  join_parts(parts, sums, samples, 2 * channels);
 }
 
 // dx = du * scale + constant + slope * x; with y, du is `grad` before the activation, else `grad` itself.

@@ -87,9 +87,9 @@ def _compiled() -> Kernels:
     source = SOURCE.read_bytes()
     kind = "\n".join([compiler, *FLAGS, torch.__version__, _cpu()]).encode()
     name = hashlib.sha256(source + kind).hexdigest()[:16]
-    for folder in (_cache_folder(), Path(tempfile.mkdtemp(prefix="synmlops_"))):
-        path = folder / f"kernels_{name}.so"
+    for give_folder in (_cache_folder, _new_folder):
         try:
+            path = give_folder() / f"kernels_{name}.so"
             if not path.exists():
                 _compile(compiler, path)
             return Kernels(ctypes.CDLL(str(path)))
@@ -112,6 +112,10 @@ def _compile(compiler: str, path: Path) -> None:
 
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "synmlops"
+
+
+def _new_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="synmlops_"))
 
 
 def _cpu() -> str:
