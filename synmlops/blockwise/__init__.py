@@ -1,1 +1,1 @@
-"""A volume in blocks: read and write regions; knows nothing of networks."""
+"""A volume in blocks: who owns which voxels, what is done, who computes; knows nothing of networks."""
