@@ -107,16 +107,10 @@ class BlockGrid:
         >>> [block.index for block in grid.meeting(Box((7, 0, 0), (9, 1, 1)))]
         [0, 1]
         """
+        inner = grown(box, (0, 0, 0), within=self.region).moved(-at for at in self.region.start_zyx)
         z, y, x = (
-            range(max(0, low - at) // size, -(-max(0, min(high, end) - at) // size))
-            for low, high, at, end, size in zip(
-                box.start_zyx,
-                box.stop_zyx,
-                self.region.start_zyx,
-                self.region.stop_zyx,
-                self.block_zyx,
-                strict=True,
-            )
+            range(start // size, math.ceil(stop / size)) if start < stop else range(0)
+            for start, stop, size in zip(inner.start_zyx, inner.stop_zyx, self.block_zyx, strict=True)
         )
         for place in product(z, y, x):
             yield self.at(place)
