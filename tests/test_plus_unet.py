@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from synmlops.learning.networks import native
+from synmlops.learning import native
+from synmlops.learning.native import without_kernels
 from synmlops.learning.networks.fast_conv import Conv3d
 from synmlops.learning.networks.fast_norm import SqueezeExcite, normalise
 from synmlops.learning.networks.fast_resize import upsample_add
-from synmlops.learning.networks.native import kernels, without_kernels
+from synmlops.learning.networks.kernels import kernels
 from synmlops.learning.networks.plus_unet import from_pytc
 from synmlops.learning.networks.registry import build_network
 from synmlops.learning_params import NetworkParams
@@ -222,10 +223,11 @@ def test_results_do_not_vary_between_runs() -> None:
 
 
 def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native, "kernels", native._compiled.__wrapped__)
+    native._built.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
-    missing = native.kernels()
+    missing = kernels()
+    native._built.cache_clear()
     assert missing.library is None
     assert "false could not build them" in missing.reason
     assert list((tmp_path / "synmlops").iterdir()) == []
@@ -248,7 +250,7 @@ def test_a_gpu_gives_what_a_cpu_gives() -> None:
 @needs_kernels
 def test_kernels_leave_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    native._compiled.cache_clear()
+    native._built.cache_clear()
     assert kernels().library is not None
     assert not list(tmp_path.iterdir())
 
@@ -260,6 +262,6 @@ def test_a_home_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(native, "_cache_folder", refuse)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    native._compiled.cache_clear()
+    native._built.cache_clear()
     assert kernels().library is not None
     assert len(list(tmp_path.glob("synmlops_*/kernels_*.so"))) == 1

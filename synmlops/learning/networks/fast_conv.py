@@ -11,7 +11,7 @@ from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from synmlops.learning.networks.native import LANE, kernels
+from synmlops.learning.networks.kernels import LANE, kernels, panel_width
 
 Sizes = tuple[int, int, int]
 
@@ -286,7 +286,7 @@ def _windows(image: Tensor, size: Sizes, form: _Form, *, fold: bool) -> tuple[Te
 
 
 def _padded(channels: int) -> int:
-    panel = kernels().panel
+    panel = panel_width()
     return -(-channels // panel) * panel
 
 
@@ -294,5 +294,5 @@ def _packed(rows: Tensor) -> Tensor:
     """Lay out (..., rows, columns) in panels of columns: (..., panels, rows, panel)."""
     *lead, n_rows, n_columns = rows.shape
     filled = functional.pad(rows, (0, _padded(n_columns) - n_columns))
-    panels = filled.reshape(*lead, n_rows, -1, kernels().panel)
+    panels = filled.reshape(*lead, n_rows, -1, panel_width())
     return panels.transpose(-3, -2).contiguous()

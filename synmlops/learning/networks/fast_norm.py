@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from synmlops.learning.networks.fast_conv import dense
-from synmlops.learning.networks.native import LANE, kernels
+from synmlops.learning.networks.kernels import LANE, kernels
 
 _KINDS = {"none": 0, "relu": 1, "elu": 2}  # as kernels.cpp numbers them
 _NORMS = (nn.GroupNorm, nn.BatchNorm3d, nn.InstanceNorm3d)

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from synmlops.learning.networks.fast_conv import dense
-from synmlops.learning.networks.native import LANE, kernels
+from synmlops.learning.networks.kernels import LANE, kernels
 
 
 def upsample_add(base: Tensor, *lows: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from synmlops.learning.networks import fast_conv
 from synmlops.learning.networks.fast_norm import SqueezeExcite, normalise
-from synmlops.learning.networks.native import LANE
+from synmlops.learning.networks.kernels import LANE
 from synmlops.learning_params import NetworkParams
 
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

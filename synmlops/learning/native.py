@@ -1,4 +1,4 @@
-"""Compiled kernels for CPUs: built once with the machine's C++ compiler, done without where there is none."""
+"""C++ for CPUs: built once with the machine's own compiler, done without where there is none."""
 
 import ctypes
 import functools
@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,24 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-LANE = 8
-"""Channels that the kernels take at a time; the widths of what they work on are multiples of it."""
 
 
 @dataclass(frozen=True)
-class Kernels:
-    """The compiled functions, or why there are none."""
+class Compiled:
+    """The functions of a source file, or why there are none."""
 
     library: ctypes.CDLL | None
     reason: str = ""
-
-    @property
-    def panel(self) -> int:
-        """Columns that a product takes at a time; packed weights are padded to a multiple of it."""
-        assert self.library is not None
-        return int(self.library.panel_width())
 
     def call(self, name: str, *arguments: Tensor | int | None) -> None:
         """Call a function on tensors, sizes and, last and implied, the number of threads.
@@ -43,7 +34,7 @@ class Kernels:
         Parameters
         ----------
         name : str
-            Of the function in kernels.cpp.
+            Of the function.
         *arguments : tensor, int or None
             In its order. Tensors are dense, on the CPU and in the order of axes that the kernel wants.
         """
@@ -53,9 +44,17 @@ class Kernels:
             getattr(self.library, name)(*values)
 
 
-def kernels() -> Kernels:
-    """Give the kernels: compiled now, or by an earlier process for this kind of CPU."""
-    return _TORCH_ONLY if _torch_only.get() else _compiled()
+def compiled(source: Path, *flags: str) -> Compiled:
+    """Give the functions of a C++ file: compiled now, or by an earlier process for this kind of CPU.
+
+    Parameters
+    ----------
+    source : Path
+        Its functions are `extern "C"` and return nothing or an int.
+    *flags : str
+        For the compiler, after `FLAGS`.
+    """
+    return _TORCH_ONLY if _torch_only.get() else _built(source, flags)
 
 
 @contextmanager
@@ -65,7 +64,7 @@ def without_kernels() -> Iterator[None]:
     Examples
     --------
     >>> with without_kernels():
-    ...     kernels().reason
+    ...     compiled(Path("any.cpp")).reason
     'they are switched off'
     """
     token = _torch_only.set(True)
@@ -76,37 +75,37 @@ def without_kernels() -> Iterator[None]:
 
 
 _torch_only = ContextVar("torch_only", default=False)
-_TORCH_ONLY = Kernels(None, "they are switched off")
+_TORCH_ONLY = Compiled(None, "they are switched off")
 
 
 @functools.cache
-def _compiled() -> Kernels:
+def _built(source: Path, flags: tuple[str, ...]) -> Compiled:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
     if compiler is None:
-        return Kernels(None, "no C++ compiler is installed (g++ or clang++)")
-    source = SOURCE.read_bytes()
-    kind = "\n".join([compiler, *FLAGS, torch.__version__, _cpu()]).encode()
-    name = hashlib.sha256(source + kind).hexdigest()[:16]
+        return Compiled(None, "no C++ compiler is installed (g++ or clang++)")
+    command = [compiler, *FLAGS, *flags]
+    kind = "\n".join([*command, torch.__version__, _cpu()]).encode()
+    name = f"{source.stem}_{hashlib.sha256(source.read_bytes() + kind).hexdigest()[:16]}.so"
     for give_folder in (_cache_folder, _new_folder):
         try:
-            path = give_folder() / f"kernels_{name}.so"
+            path = give_folder() / name
             if not path.exists():
-                _compile(compiler, path)
-            return Kernels(ctypes.CDLL(str(path)))
+                _build(source, command, path)
+            return Compiled(ctypes.CDLL(str(path)))
         except PermissionError:
             continue  # a home that cannot be written to
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", None) or str(error)
-            return Kernels(None, f"{compiler} could not build them: {said.strip().splitlines()[-1]}")
-    return Kernels(None, f"neither {_cache_folder()} nor a temporary folder can be written to")
+            return Compiled(None, f"{compiler} could not build them: {said.strip().splitlines()[-1]}")
+    return Compiled(None, f"neither {_cache_folder()} nor a temporary folder can be written to")
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _build(source: Path, command: Sequence[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        command = [compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(built)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        whole = [*command, "-shared", "-fPIC", str(source), "-o", str(built)]
+        subprocess.run(whole, check=True, capture_output=True, text=True)
         built.replace(path)  # whole or not at all, whoever else compiles at this moment
 
 
