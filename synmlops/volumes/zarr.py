@@ -7,11 +7,9 @@ the right voxel size. A shard is one file: the unit of writing. It holds chunks,
 import json
 import math
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,7 +20,7 @@ import tensorstore as ts
 from numpy.typing import DTypeLike, NDArray
 
 from synmlops.params import SCALE, SynmlopsError
-from synmlops.volumes.files import plain_write_errors
+from synmlops.volumes.files import atomic_path, plain_write_errors
 from synmlops.volumes.sections import Region
 from synmlops.volumes.store import Grid
 
@@ -37,16 +35,14 @@ _CODECS = [
     {"name": "zstd", "configuration": {"level": 1}},
     {"name": "crc32c"},  # zstd alone lets some damaged bytes pass
 ]
-# Stated, though it is the default: a write has returned only when its files are on the disk.
-_CONTEXT = {"file_io_sync": True}
 
 
 @dataclass(frozen=True, eq=False)
 class ZarrWriter:
     """An array on disk to be written shard by shard; made by `create_zarr` or `open_zarr_writer`.
 
-    There is nothing to close. Other processes may write other shards at the same time; open the array in each
-    of them, after a fork rather than before it.
+    There is nothing to close. Other processes may write other shards at the same time, each with a writer of
+    its own; they are not made by fork, which tensorstore's threads do not survive.
 
     Attributes
     ----------
@@ -67,7 +63,7 @@ class ZarrWriter:
     shard: tuple[int, ...]
     chunk: tuple[int, ...]
     attrs: dict[str, Any]
-    _array: Any
+    _metadata: dict[str, Any]
 
     def write(self, region: Region, array: NDArray[Any]) -> None:
         """Write a region; it is on the disk when this returns.
@@ -95,17 +91,30 @@ class ZarrWriter:
         want = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
         if array.shape != want or array.dtype != self.dtype:
             raise ValueError(f"the region is {want} {self.dtype}, the array {array.shape} {array.dtype}")
-        where = tuple(slice(start, stop) for start, stop in zip(starts, stops, strict=True))
-        with _plain_write_errors(self.path):
-            try:
-                self._array[where].write(array).result()
-            except ValueError as error:
-                if "DATA_LOSS" not in str(error):
-                    raise
-                for file in self._files(starts, stops):  # tensorstore reads what it replaces
+        with plain_write_errors(self.path):
+            for file, content in self._encoded(starts, stops, array):
+                if content is None:
                     file.unlink(missing_ok=True)
-                self._array[where].write(array).result()
+                    continue
+                with atomic_path(file) as partial:
+                    partial.write_bytes(content)
             self._flush_folders(starts, stops)
+
+    def _encoded(
+        self, starts: Sequence[int], stops: Sequence[int], array: NDArray[Any]
+    ) -> Iterator[tuple[Path, bytes | None]]:
+        """Give the shards of a region and where they belong; None where all is zero.
+
+        They are made in memory, since tensorstore's own way to a file leaves damaged ones: it writes into
+        what a killed process left of its temporary file without cutting that off first (0.1.86). It also
+        reads what it replaces, which fails where that is damaged, and needs a file system with locks.
+        """
+        made = _in_memory(self._metadata)
+        made[tuple(slice(*ends) for ends in zip(starts, stops, strict=True))].write(array).result()
+        for place in self._places(starts, stops):
+            key = "/".join(["c", *map(str, place)])
+            found = made.kvstore.read(key).result()
+            yield self.path / LEVEL / key, found.value if found.state == "value" else None
 
     def _bounds(self, region: Region) -> tuple[list[int], list[int]]:
         """Give the first voxel of a region and the one after its last; refuse what cuts a shard."""
@@ -119,19 +128,20 @@ class ZarrWriter:
                 raise ValueError(problem)
         return starts, stops
 
-    def _files(self, starts: Sequence[int], stops: Sequence[int]) -> Iterator[Path]:
-        """Give where the shards of a region are, or would be."""
-        places = (
-            range(start // size, math.ceil(stop / size))
-            for start, stop, size in zip(starts, stops, self.shard, strict=True)
+    def _places(self, starts: Sequence[int], stops: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """Give the places of a region's shards among all."""
+        return product(
+            *(
+                range(start // size, math.ceil(stop / size))
+                for start, stop, size in zip(starts, stops, self.shard, strict=True)
+            )
         )
-        for place in product(*places):
-            yield self.path.joinpath(LEVEL, "c", *map(str, place))
 
     def _flush_folders(self, starts: Sequence[int], stops: Sequence[int]) -> None:
-        """Put on the disk that there are new folders; tensorstore does so for a shard's own folder only."""
-        above = (folder for file in self._files(starts, stops) for folder in file.parents[1:])
-        for folder in {folder for folder in above if self.path in folder.parents}:
+        """Put on the disk that there are new folders; `atomic_path` does so for a shard's own folder only."""
+        root = self.path / LEVEL
+        shards = (root.joinpath("c", *map(str, place)) for place in self._places(starts, stops))
+        for folder in {folder for shard in shards for folder in shard.parents if self.path in folder.parents}:
             if folder.is_dir():  # not where all its shards are zero
                 _flush(folder)
 
@@ -215,7 +225,7 @@ def open_zarr_writer(path: str | Path) -> ZarrWriter:
         sharding = metadata["codecs"][0]
         if sharding["name"] != "sharding_indexed":
             raise KeyError("sharding_indexed")
-        array = ts.open(_spec(path), open=True).result()
+        array = _in_memory(metadata)
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise SynmlopsError(
             f"{path}: is no sharded OME-Zarr 0.5 volume that can be written ({error}); check the path"
@@ -227,13 +237,14 @@ def open_zarr_writer(path: str | Path) -> ZarrWriter:
         shard=tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"]),
         chunk=tuple(sharding["configuration"]["chunk_shape"]),
         attrs=attrs,
-        _array=array,
+        _metadata=metadata,
     )
 
 
-def _spec(path: Path) -> dict[str, Any]:
-    store = {"driver": "file", "path": f"{(path / LEVEL).absolute()}/"}
-    return {"driver": "zarr3", "kvstore": store, "context": _CONTEXT}
+def _in_memory(metadata: dict[str, Any]) -> Any:
+    """Make an array of zeros in memory of its own."""
+    spec = {"driver": "zarr3", "kvstore": {"driver": "memory"}, "metadata": metadata}
+    return ts.open(spec, create=True, context=ts.Context()).result()
 
 
 def _array_metadata(
@@ -293,13 +304,12 @@ def _make_group(path: Path, group: str, metadata: dict[str, Any]) -> None:
     if path.exists() or path.is_symlink():
         raise taken
     partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.partial{path.suffix}")
-    with _plain_write_errors(path, partial):
-        partial.mkdir(parents=True)
+    array = _in_memory(metadata).kvstore.read("zarr.json").result().value  # checked and completed
+    with plain_write_errors(path, partial):
         try:
-            ts.open(_spec(partial) | {"metadata": metadata}, create=True).result()
-            (partial / "zarr.json").write_text(group)
-            _flush(partial / "zarr.json")
-            _flush(partial)
+            for file, content in ((partial / LEVEL, array), (partial, group.encode())):
+                with atomic_path(file / "zarr.json") as json_file:
+                    json_file.write_bytes(content)
             try:
                 partial.rename(path)
             except OSError as error:  # since the look above
@@ -309,19 +319,6 @@ def _make_group(path: Path, group: str, metadata: dict[str, Any]) -> None:
             _flush(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _plain_write_errors(path: Path, *own: Path) -> Iterator[None]:
-    """Turn what writing raises into a SynmlopsError; tensorstore gives the system's number in words."""
-    with plain_write_errors(path, *own):
-        try:
-            yield
-        except ValueError as error:
-            number = re.search(r"os_error_code='(\d+)'", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def _flush(path: Path) -> None:
