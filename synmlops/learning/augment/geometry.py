@@ -89,22 +89,27 @@ class Geometry:
             return matrix, np.zeros(2)
         return _rotation(self.slip.degrees) @ matrix, np.array(self.slip.shift_yx, dtype=np.float64)
 
+    def start_of(self, slipped: bool) -> tuple[int, int]:
+        """Give the first y and x in the box of a run that is only shifted."""
+        shift = self.map_of(slipped)[1].astype(int).tolist()
+        y, x = (
+            (box - size) // 2 + by
+            for box, size, by in zip(self.box_zyx[1:], self.patch_zyx[1:], shift, strict=True)
+        )
+        return y, x
+
     def move(self, labels: Tensor) -> Tensor:
         """Cut the runs of a box, already in the patch's axes, that is only shifted."""
         parts = []
         for first, stop, slipped in self.runs():
-            shift = self.map_of(slipped)[1].astype(int).tolist()
-            starts = [
-                (box - size) // 2 + by
-                for box, size, by in zip(self.box_zyx[1:], self.patch_zyx[1:], shift, strict=True)
-            ]
-            (y, x), (height, width) = starts, self.patch_zyx[1:]
+            (y, x), (height, width) = self.start_of(slipped), self.patch_zyx[1:]
             parts.append(labels[first:stop, y : y + height, x : x + width])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def sample(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Interpolate a box in the patch's axes: the image linearly, labels from the nearest voxel."""
-        at = {slipped: self._places(slipped, image.device) for slipped in {run[2] for run in self.runs()}}
+        moved = self._displaced(image.device)
+        at = {slipped: self._places(slipped, *moved) for slipped in {run[2] for run in self.runs()}}
         images, others = [], []
         for first, stop, slipped in self.runs():
             images.append(_linear(image[first:stop], at[slipped]))
@@ -113,18 +118,34 @@ class Geometry:
             return images[0], others[0]
         return torch.cat(images), torch.cat(others)
 
-    def _places(self, slipped: bool, device: torch.device) -> Tensor:
-        """Index into the box, fractional, that each pixel of a section reads: (2, y, x), y before x."""
-        shape = self.patch_zyx[1:]
-        y, x = (torch.arange(size, dtype=torch.float32, device=device) - (size - 1) / 2 for size in shape)
-        moved_y, moved_x = y[:, None], x[None, :]
-        if self.elastic is not None:
-            by = self.elastic.on(shape, device)
-            moved_y, moved_x = by[0].add_(moved_y), by[1].add_(moved_x)
+    def displacement(self, device: torch.device) -> Tensor | None:
+        """Give what elastic deformation adds to y and x of each pixel of a section: (2, y, x)."""
+        return None if self.elastic is None else self.elastic.on(self.patch_zyx[1:], device)
+
+    def rows_of(self, slipped: bool) -> list[tuple[float, float, float]]:
+        """Give a, b and c for y, then for x, in the box of a run: a * y + b + c * x.
+
+        The pixel's own y and x count from the middle of its section, elastic displacement included.
+        """
         matrix, shift = self.map_of(slipped)
         middle = (np.array(self.box_zyx[1:]) - 1) / 2 + shift
-        rows = zip(matrix.tolist(), middle.tolist(), strict=True)
-        return torch.stack([(moved_y * a + b).add(moved_x, alpha=c) for (a, c), b in rows])
+        return [(a, b, c) for (a, c), b in zip(matrix.tolist(), middle.tolist(), strict=True)]
+
+    def _displaced(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Give y and x of each pixel from the middle of its section, where they are to be turned."""
+        y, x = (
+            torch.arange(size, dtype=torch.float32, device=device) - (size - 1) / 2
+            for size in self.patch_zyx[1:]
+        )
+        by = self.displacement(device)
+        return (y[:, None], x[None, :]) if by is None else (by[0].add_(y[:, None]), by[1].add_(x[None, :]))
+
+    def _places(self, slipped: bool, y: Tensor, x: Tensor) -> Tensor:
+        """Index into the box, fractional, that each pixel of a section reads: (2, y, x), y before x.
+
+        No product is fused with a sum, so these are the same to the last bit wherever they are computed.
+        """
+        return torch.stack([(y * a + b) + x * c for a, b, c in self.rows_of(slipped)])
 
     def _reach_yx(self, slipped: bool) -> Matrix:
         """Farthest that a run reads from the source's middle, in voxels along y and x."""

@@ -51,12 +51,16 @@ class Curve:
 
     def look_up(self, image: Tensor, *, mean: float, std: float) -> Tensor:
         """Do what `apply` does for a (z, y, x) uint8 image, leaving it as it is."""
-        greys = torch.arange(256, dtype=torch.float32, device=image.device)
-        tables = self.apply(greys.repeat(max(1, len(self.bends)), 1, 1), mean=mean, std=std)
+        tables = self.tables(mean=mean, std=std, device=image.device)
         index = image.int()
         if len(self.bends) > 1:
             index += 256 * torch.arange(len(image), dtype=torch.int32, device=image.device)[:, None, None]
         return tables.flatten().index_select(0, index.flatten()).reshape(image.shape)
+
+    def tables(self, *, mean: float, std: float, device: torch.device) -> Tensor:
+        """Give what becomes of each uint8 value: (1, 256), or (sections, 256) where these differ."""
+        greys = torch.arange(256, dtype=torch.float32, device=device).repeat(max(1, len(self.bends)), 1, 1)
+        return self.apply(greys, mean=mean, std=std)[:, 0]
 
     def apply(self, grey: Tensor, *, mean: float, std: float) -> Tensor:
         """Change (z, y, x) float32 grey values in place; the same tensor is given back."""

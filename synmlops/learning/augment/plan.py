@@ -7,9 +7,9 @@ place in the batch it lands in, and whoever reads voxels knows beforehand how la
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from synmlops.learning.augment import resample
 from synmlops.learning.augment.geometry import Geometry, draw_geometry
 from synmlops.learning.augment.intensity import (
     Coarsening,
@@ -151,16 +151,8 @@ def apply_plan(plan: Plan, image: Tensor, sides: Tensor, *, mean: float, std: fl
             f"image {tuple(image.shape)} and sides {tuple(sides.shape)} must both be {plan.source_zyx}, "
             "the plan's source_zyx"
         )
-    geometry, curve = plan.geometry, plan.curve
-    image, sides = (geometry.orientation.apply(voxels) for voxels in (image, sides))
-    if not geometry.is_sampled:
-        image, sides = geometry.move(image), geometry.move(sides)
-    looked_up = curve.looks_up(image)  # before values are sampled, while there are 256
-    value = curve.look_up(image, mean=mean, std=std) if looked_up else _floats(image)
-    if geometry.is_sampled:
-        value, sides = geometry.sample(value, sides)
-    if not looked_up:
-        curve.apply(value, mean=mean, std=std)
+    read = resample.read if resample.suits(image, sides) else _read
+    value, sides = read(plan.geometry, plan.curve, image, sides, mean=mean, std=std)
     for change in (
         plan.blur,
         plan.defocus,
@@ -175,5 +167,17 @@ def apply_plan(plan: Plan, image: Tensor, sides: Tensor, *, mean: float, std: fl
     return value, sides
 
 
-def _floats(image: Tensor) -> Tensor:
-    return image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+def _read(
+    geometry: Geometry, curve: Curve, image: Tensor, sides: Tensor, *, mean: float, std: float
+) -> tuple[Tensor, Tensor]:
+    """Do in torch, on any device, what `resample.read` does."""
+    image, sides = (geometry.orientation.apply(voxels) for voxels in (image, sides))
+    if not geometry.is_sampled:
+        image, sides = geometry.move(image), geometry.move(sides)
+    looked_up = curve.looks_up(image)  # before values are sampled, while there are 256
+    value = curve.look_up(image, mean=mean, std=std) if looked_up else resample.floats(image)
+    if geometry.is_sampled:
+        value, sides = geometry.sample(value, sides)
+    if not looked_up:
+        curve.apply(value, mean=mean, std=std)
+    return value, sides

@@ -1,0 +1,122 @@
+"""Turning, curve and geometry of a patch on a CPU, compiled: the same labels as in torch, and the same image.
+
+A flip or a quarter turn is a way to step through the voxels as they lie, so none of them is copied for it.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from synmlops.learning.augment.geometry import Geometry
+from synmlops.learning.augment.intensity import Curve
+from synmlops.learning.augment.orient import Orientation
+from synmlops.learning.native import Compiled, compiled
+
+_MOST = 2**31
+"""Voxels of a box, whose places are 32-bit numbers."""
+
+
+def suits(image: Tensor, sides: Tensor) -> bool:
+    """Whether `read` can do it: on a CPU, for which there is a compiler."""
+    on_cpu = image.device.type == sides.device.type == "cpu"
+    return on_cpu and image.numel() < _MOST and _functions().library is not None
+
+
+def read(
+    geometry: Geometry, curve: Curve, image: Tensor, sides: Tensor, *, mean: float, std: float
+) -> tuple[Tensor, Tensor]:
+    """Give the patch's image, normalised and bent, and its labels, of a source that `suits`.
+
+    Parameters
+    ----------
+    geometry : Geometry
+    curve : Curve
+    image : tensor of `geometry.source_zyx`
+        uint8, uint16 or float32.
+    sides : tensor of `geometry.source_zyx`
+        Of any integer type.
+    mean, std : float
+        Of the image's grey values.
+
+    Returns
+    -------
+    image : float32 tensor of the patch's shape
+        New.
+    sides : tensor of the patch's shape and the labels' type
+        May be a view of what came in.
+    """
+    is_bent = image.dtype == torch.uint8  # whatever the curve, 256 values are the fewest to compute
+    tables = curve.tables(mean=mean, std=std, device=image.device) if is_bent else None
+    if geometry.is_sampled:
+        box = _box(geometry, image, tables)
+        value, sides = _sample(geometry, box, sides)
+    else:
+        value = _move(geometry, image, tables)
+        sides = geometry.move(geometry.orientation.apply(sides))
+    return (value if is_bent else curve.apply(value, mean=mean, std=std)), sides
+
+
+def _functions() -> Compiled:
+    return compiled(Path(__file__).with_name("resample.cpp"), "-ffp-contract=off")
+
+
+def _box(geometry: Geometry, image: Tensor, tables: Tensor | None) -> Tensor:
+    """Give the whole box in the patch's axes, dense float32."""
+    if tables is None:
+        return floats(geometry.orientation.apply(image))
+    box = torch.empty(geometry.box_zyx)
+    view = _view(geometry.orientation, image, geometry.box_zyx)
+    _functions().call("look_up", image, view, tables, len(tables), box)
+    return box
+
+
+def _move(geometry: Geometry, image: Tensor, tables: Tensor | None) -> Tensor:
+    """Cut the runs of a box that is only shifted."""
+    if tables is None:
+        return floats(geometry.move(geometry.orientation.apply(image)))
+    value = torch.empty(geometry.patch_zyx)
+    for first, stop, slipped in geometry.runs():
+        start_yx = geometry.start_of(slipped)
+        view = _view(geometry.orientation, image, value[first:stop].shape, (first, *start_yx))
+        own = tables[first:stop] if len(tables) > 1 else tables
+        _functions().call("look_up", image, view, own, len(tables), value[first:stop])
+    return value
+
+
+def _sample(geometry: Geometry, box: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+    n, height, width = geometry.patch_zyx
+    value, labels = torch.empty(n, height, width), torch.empty((n, height, width), dtype=sides.dtype)
+    assert min(box.shape[1:]) > 1  # as `ROUNDING` leaves it: four voxels lie around every place
+    moves = geometry.displacement(box.device)
+    for first, stop, slipped in geometry.runs():
+        run = slice(first, stop)
+        view = _view(geometry.orientation, sides, box[run].shape, (first, 0, 0))
+        by = torch.tensor(geometry.rows_of(slipped))
+        own = (view, sides.element_size(), moves, by, height, width, value[run], labels[run])
+        _functions().call("sample", box[run], sides, *own)
+    return value, labels
+
+
+def _view(
+    orientation: Orientation,
+    voxels: Tensor,
+    shape_zyx: tuple[int, ...],
+    start_zyx: tuple[int, ...] = (0, 0, 0),
+) -> Tensor:
+    """Describe a box of the turned voxels: its first voxel, the steps along its axes, its shape."""
+    origin, steps = 0, []
+    for axis, start in enumerate(start_zyx):
+        of = orientation.axes[axis]
+        step = voxels.stride(of)
+        if axis in orientation.flips:
+            origin += (voxels.shape[of] - 1) * step
+            step = -step
+        origin += start * step
+        steps.append(step)
+    return torch.tensor([origin, *steps, *shape_zyx])
+
+
+def floats(image: Tensor) -> Tensor:
+    """Copy to dense float32."""
+    return image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
