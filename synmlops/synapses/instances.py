@@ -1,17 +1,18 @@
 """Probabilities to synapse instances.
 
 The foreground is where the union channel reaches the threshold; its 26-connected components are the
-synaptic sites, and each voxel of a site goes to its likelier side. Everything after the labelling works on
-the foreground voxels alone, since synapses fill about a hundredth of a volume.
+synaptic sites, and each voxel of a site goes to its likelier side. `synmlops.synapses.decoding` does the same
+to volumes larger than memory, block by block.
 """
 
 import math
 
-import cc3d
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from synmlops.params import CHANNELS, SCALE
+from synmlops.synapses.foreground import NEITHER, PRE, Levels, find_foreground, first_corners
+from synmlops.synapses.sparse import Indices, components
 
 Mask = NDArray[np.bool_]
 Instances = NDArray[np.unsignedinteger]
@@ -136,18 +137,12 @@ def decode_pairs(
         raise ValueError(
             f"probabilities must be (3, z, y, x) of {', '.join(CHANNELS)}, got {probabilities_czyx.shape}"
         )
-    pre_zyx, post_zyx, union_zyx = probabilities_czyx
-    side_level = level_of(side_threshold * threshold)
-    flat, component = _foreground(
-        union_zyx, threshold=threshold, min_voxels=min_voxels, join_voxels=join_voxels
-    )
-    pre, post = pre_zyx.reshape(-1)[flat], post_zyx.reshape(-1)[flat]
-    sided = np.maximum(pre, post) >= side_level
-    flat, component = flat[sided], component[sided]
-    site, n_sites = _dense(component)
-    is_pre = (pre > post)[sided]
-    ids = 2 * site - is_pre
-    return _scatter(flat, ids, shape=union_zyx.shape, largest=2 * n_sites)
+    levels = Levels(level_of(threshold), level_of(side_threshold * threshold), join_voxels)
+    flat, component, side = _large(probabilities_czyx, levels, min_voxels=min_voxels)
+    sided = side > NEITHER
+    site, n_sites = _dense(component[sided])
+    ids = 2 * site - (side[sided] == PRE)
+    return _scatter(flat[sided], ids, shape=probabilities_czyx.shape[1:], largest=2 * n_sites)
 
 
 def decode_union(
@@ -178,9 +173,8 @@ def decode_union(
     >>> decode_union(p, threshold=0.5, min_voxels=2)
     array([[[0, 1, 1, 0, 0, 0, 2, 2]]], dtype=uint16)
     """
-    flat, component = _foreground(
-        probability_zyx, threshold=threshold, min_voxels=min_voxels, join_voxels=join_voxels
-    )
+    levels = Levels(level_of(threshold), join_voxels=join_voxels)
+    flat, component, _ = _large(probability_zyx[None], levels, min_voxels=min_voxels)
     ids, n_instances = _dense(component)
     return _scatter(flat, ids, shape=probability_zyx.shape, largest=n_instances)
 
@@ -194,7 +188,7 @@ def components_of(volume_zyx: NDArray[np.bool_] | Instances) -> Instances:
 
     Returns
     -------
-    components : (Z, Y, X) array of unsigned int
+    components : (Z, Y, X) array of uint16, uint32 or uint64
         From 1 without gaps, in scan order (x fastest) of their first voxels; 0 where the volume is 0.
 
     Examples
@@ -202,61 +196,46 @@ def components_of(volume_zyx: NDArray[np.bool_] | Instances) -> Instances:
     >>> components_of(np.array([[[1, 0, 1, 2, 2]]], np.uint16)).tolist()
     [[[1, 0, 2, 3, 3]]]
     """
-    z, y, x = volume_zyx.shape
-    # numbering follows the memory layout; cc3d 4.1 fails on a line of single voxels that fill both its ends
-    volume = np.ascontiguousarray(volume_zyx)
-    if sorted(volume.shape)[1] == 1:
-        volume = np.pad(volume, ((0, 1),) * 3)
-    labelled: Instances = cc3d.connected_components(volume, connectivity=26)
-    return labelled[:z, :y, :x]
+    flat = np.flatnonzero(volume_zyx)
+    depth, height, width = volume_zyx.shape
+    value = volume_zyx[np.unravel_index(flat, volume_zyx.shape)].astype(np.uint64)
+    component = 1 + components(flat, (depth, height, width), value=value)
+    largest = int(component.max(initial=0))
+    return _scatter(flat, component, shape=volume_zyx.shape, largest=largest)
 
 
-def _foreground(
-    union_zyx: Probabilities, *, threshold: float, min_voxels: int, join_voxels: int
-) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
-    """Give flat index and component of each foreground voxel whose component is large enough."""
-    if union_zyx.ndim != 3 or union_zyx.dtype != np.uint8:
+def _large(
+    probabilities_czyx: Probabilities, levels: Levels, *, min_voxels: int
+) -> tuple[Indices, Indices, NDArray[np.uint8]]:
+    """Give flat index, component in scan order and side of each voxel whose component is large enough."""
+    if probabilities_czyx.ndim != 4 or probabilities_czyx.dtype != np.uint8:
         raise ValueError(
-            f"probabilities must be uint8 along z, y, x; got {union_zyx.dtype} of shape {union_zyx.shape}"
+            f"probabilities must be uint8 along z, y, x; got {probabilities_czyx.dtype} "
+            f"of shape {probabilities_czyx.shape[1:]}"
         )
-    foreground: Mask = np.greater_equal(union_zyx, level_of(threshold))
-    flat = np.flatnonzero(foreground)
-    if not flat.size:
-        return flat, np.empty(0, np.int64)
-    if join_voxels:
-        foreground = _dilate_in_plane(foreground, join_voxels)
-    component = components_of(foreground).reshape(-1)[flat].astype(np.int64)
-    del foreground
+    found = find_foreground(probabilities_czyx, levels)
+    component = found.component
+    if not len(component):
+        return found.flat, component, found.side
+    if levels.join_voxels:  # numbered as the grown foreground would be
+        _, height, width = probabilities_czyx.shape[1:]
+        first = first_corners(found.flat, component, (height, width), levels.join_voxels)
+        component = np.argsort(np.argsort(first))[component]
     large = (np.bincount(component) >= min_voxels)[component]
-    return flat[large], component[large]
+    return found.flat[large], component[large], found.side[large]
 
 
-def _dilate_in_plane(mask: Mask, reach: int) -> Mask:
-    """Grow the mask by `reach` voxels along y and x: a box, twice `reach` plus one wide."""
-    grown = mask
-    for axis in (1, 2):
-        before = np.moveaxis(grown, axis, 0)
-        grown = grown.copy()
-        after = np.moveaxis(grown, axis, 0)
-        for shift in range(1, min(reach, len(before) - 1) + 1):
-            after[shift:] |= before[:-shift]
-            after[:-shift] |= before[shift:]
-    return grown
-
-
-def _dense(component: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+def _dense(component: Indices) -> tuple[Indices, int]:
     """Renumber to 1, 2, ... without gaps, in the same order; and how many there are."""
     if not component.size:
         return component, 0
     present = np.bincount(component) > 0
-    rank: NDArray[np.int64] = np.cumsum(present, dtype=np.int64)
-    dense: NDArray[np.int64] = rank[component]
+    rank = np.cumsum(present, dtype=np.int64)
+    dense: Indices = rank[component]
     return dense, int(rank[-1])
 
 
-def _scatter(
-    flat: NDArray[np.intp], ids: NDArray[np.int64], *, shape: tuple[int, ...], largest: int
-) -> Instances:
+def _scatter(flat: Indices, ids: Indices, *, shape: tuple[int, ...], largest: int) -> Instances:
     """Put ids where `flat` says, in the narrowest type that holds them."""
     instances: Instances = np.zeros(shape, id_type(largest))
     instances.reshape(-1)[flat] = ids

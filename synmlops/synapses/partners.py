@@ -4,54 +4,18 @@ All work is on the voxels of the instances, sorted and counted; nothing walks th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from synmlops.params import SCALE
-from synmlops.synapses.instances import Instances, Probabilities, components_of, sites_of
+from synmlops.synapses.foreground import POST, PRE
+from synmlops.synapses.instances import Instances, Probabilities, sites_of
+from synmlops.synapses.pieces import Pieces, group, located
+from synmlops.synapses.sparse import Indices, components, first_places
 from synmlops.volumes.table import COLUMNS, empty_table
-
-Indices = NDArray[np.intp]
-
-
-@dataclass(frozen=True, eq=False)
-class _Voxels:
-    """Some of the non-zero voxels of the instances, in scan order."""
-
-    index: NDArray[np.int64]  # (N, 3) z y x
-    site: NDArray[np.int64]  # (N,) place among the sites
-    part: NDArray[np.int64]  # (N,) what tells the parts of a site apart: neuron place, or component
-    union: NDArray[np.int64]  # (N,) uint8 union probability, or 255
-
-    def where(self, chosen: NDArray[np.bool_]) -> "_Voxels":
-        return _Voxels(self.index[chosen], self.site[chosen], self.part[chosen], self.union[chosen])
-
-
-@dataclass(frozen=True, eq=False)
-class _Pieces:
-    """Groups of voxels, ascending by site and then part."""
-
-    site: NDArray[np.int64]  # (K,)
-    part: NDArray[np.int64]  # (K,)
-    voxels: NDArray[np.int64]  # (K,)
-    union: NDArray[np.int64]  # (K,) sum over the voxels
-    low: NDArray[np.int64]  # (K, 3) bounding box, half open
-    high: NDArray[np.int64]  # (K, 3)
-    point: NDArray[np.int64]  # (K, 3) the voxel nearest to the centroid
-
-    def where(self, chosen: NDArray[np.bool_] | Indices) -> "_Pieces":
-        return _Pieces(
-            self.site[chosen],
-            self.part[chosen],
-            self.voxels[chosen],
-            self.union[chosen],
-            self.low[chosen],
-            self.high[chosen],
-            self.point[chosen],
-        )
 
 
 def partners_of(
@@ -103,31 +67,56 @@ def partners_of(
     """
     _check(instances, probabilities_czyx, neurons)
     flat = np.flatnonzero(instances)
-    ids = instances.reshape(-1)[flat]
-    sites, site = np.unique(sites_of(ids).astype(np.uint64), return_inverse=True)
-    neuron_ids, part = _parts(instances, flat, neurons)
-    voxels = _Voxels(
-        index=np.stack(np.unravel_index(flat, instances.shape), axis=1).astype(np.int64),
-        site=site.astype(np.int64),
-        part=part,
-        union=_union_of(probabilities_czyx, flat),
+    index = np.unravel_index(flat, instances.shape)
+    ids = instances[index]
+    site, side = sites_of(ids).astype(np.uint64), np.where(ids & 1, PRE, POST).astype(np.uint8)
+    if neurons is None:
+        part = np.where(side == POST, _first_of_component(flat, ids, instances.shape), 0).astype(np.uint64)
+    else:
+        part = neurons[index].astype(np.uint64)
+    union = np.full(len(flat), SCALE) if probabilities_czyx is None else probabilities_czyx[2][index]
+    number, example = group(site, side, part)
+    keys = site[example], side[example], part[example]
+    pieces = located(index, union, number, keys=keys, voxel_nm=voxel_nm)
+    return rows_of(
+        pieces,
+        voxel_nm=voxel_nm,
+        offset_nm=offset_nm,
+        by_neuron=neurons is not None,
+        min_side_voxels=min_side_voxels,
     )
-    is_pre = (ids & 1) == 1
-    if is_pre.all() or not is_pre.any():
+
+
+def rows_of(
+    pieces: Pieces,
+    *,
+    voxel_nm: Sequence[float],
+    offset_nm: Sequence[float] = (0.0, 0.0, 0.0),
+    by_neuron: bool,
+    min_side_voxels: int = 0,
+) -> pd.DataFrame:
+    """Choose the pieces that are partners and lay out the table; see `partners_of`.
+
+    Parameters
+    ----------
+    pieces : Pieces
+        With their points, ascending by site, side and part. A pre side is one piece, or one for each neuron.
+    voxel_nm, offset_nm : sequence of 3 float
+    by_neuron : bool
+        Whether a part is the id of a neuron; else it tells components apart.
+    min_side_voxels : int, default 0
+    """
+    pre_sides, post_pieces = pieces.where(pieces.side == PRE), pieces.where(pieces.side == POST)
+    if not len(pre_sides) or not len(post_pieces):
         return empty_table()
-    size_nm = np.asarray(voxel_nm, np.float64)
-    by_neuron = neurons is not None
-    pre_sides = _pieces(voxels.where(is_pre), size_nm, by_part=by_neuron)
-    post_pieces = _pieces(voxels.where(~is_pre), size_nm, by_part=True)
     pre, post = _pair_up(pre_sides, post_pieces, by_neuron=by_neuron, min_side_voxels=min_side_voxels)
-    if not len(post.site):
+    if not len(post):
         return empty_table()
     return _table(
-        sites[post.site],
-        neuron_ids[np.stack((pre.part, post.part)) if by_neuron else np.zeros((2, len(post.part)), np.intp)],
         pre,
         post,
-        world=(size_nm, np.asarray(offset_nm, np.float64)),
+        by_neuron=by_neuron,
+        world=(np.asarray(voxel_nm, np.float64), np.asarray(offset_nm, np.float64)),
     )
 
 
@@ -187,54 +176,18 @@ def _check(
         )
 
 
-def _parts(
-    instances: Instances, flat: Indices, neurons: NDArray[np.integer] | None
-) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Give neuron ids with 0 first, and of each voxel its neuron's place there, or its component."""
-    if neurons is None:
-        # labels differ between sides and sites, so that each component lies in one side of one site
-        return np.zeros(1, np.uint64), components_of(instances).reshape(-1)[flat].astype(np.int64)
-    under = np.concatenate((np.zeros(1, np.uint64), neurons.reshape(-1)[flat].astype(np.uint64)))
-    neuron_ids, part = np.unique(under, return_inverse=True)
-    return neuron_ids, part[1:].astype(np.int64)
+def _first_of_component(flat: Indices, ids: Instances, shape: tuple[int, ...]) -> Indices:
+    """Give for each voxel where the 26-connected component of its id begins."""
+    depth, height, width = shape
+    label = components(flat, (depth, height, width), value=ids)
+    return first_places(flat, label)[label]
 
 
-def _union_of(probabilities_czyx: Probabilities | None, flat: Indices) -> NDArray[np.int64]:
-    if probabilities_czyx is None:
-        return np.full(len(flat), SCALE, np.int64)
-    union: NDArray[np.int64] = probabilities_czyx[2].reshape(-1)[flat].astype(np.int64)
-    return union
-
-
-def _pieces(voxels: _Voxels, voxel_nm: NDArray[np.float64], *, by_part: bool) -> _Pieces:
-    """Sum up the voxels of each site, or of each part of a site; there is at least one voxel."""
-    part = voxels.part if by_part else np.zeros_like(voxels.part)
-    order = np.lexsort((part, voxels.site))  # stable: scan order within a piece
-    site, part, index = voxels.site[order], part[order], voxels.index[order]
-    starts = np.flatnonzero((np.diff(site, prepend=-1) != 0) | (np.diff(part, prepend=-1) != 0))
-    n_voxels = np.diff(starts, append=len(site))
-    place = np.repeat(np.arange(len(starts)), n_voxels)
-    centroid = np.add.reduceat(index, starts) / n_voxels[:, None]
-    # rounded, so that the choice among equally near voxels does not hang on where the volume begins
-    distance = np.round((((index - centroid[place]) * voxel_nm) ** 2).sum(axis=1), 3)
-    return _Pieces(
-        site=site[starts],
-        part=part[starts],
-        voxels=n_voxels,
-        union=np.add.reduceat(voxels.union[order], starts),
-        low=np.minimum.reduceat(index, starts),
-        high=np.maximum.reduceat(index, starts) + 1,
-        point=index[np.lexsort((distance, place))[starts]],
-    )
-
-
-def _pair_up(
-    pre: _Pieces, post: _Pieces, *, by_neuron: bool, min_side_voxels: int
-) -> tuple[_Pieces, _Pieces]:
+def _pair_up(pre: Pieces, post: Pieces, *, by_neuron: bool, min_side_voxels: int) -> tuple[Pieces, Pieces]:
     """Choose the post pieces that are partners, and give the pre side of each, row by row."""
     pre = _whole_sides(pre)
     row = np.searchsorted(pre.site, post.site)
-    paired = (row < len(pre.site)) & (pre.site[np.minimum(row, len(pre.site) - 1)] == post.site)
+    paired = (row < len(pre)) & (pre.site[np.minimum(row, len(pre) - 1)] == post.site)
     post, row = post.where(paired), row[paired]
     kept = np.ones(len(row), bool)
     if by_neuron:
@@ -246,29 +199,34 @@ def _pair_up(
     return pre.where(row[kept]), post.where(kept)
 
 
-def _whole_sides(pre: _Pieces) -> _Pieces:
+def _whole_sides(pre: Pieces) -> Pieces:
     """Merge the pieces of each pre side; part and point are those of its main neuron."""
     main = pre.where(_first_of_site(pre, np.where(pre.part > 0, -pre.voxels, 0)))
-    starts = np.flatnonzero(np.diff(pre.site, prepend=-1))
-    return _Pieces(
-        site=main.site,
-        part=main.part,
+    starts = _starts(pre.site)
+    return replace(
+        main,
         voxels=np.add.reduceat(pre.voxels, starts),
         union=np.add.reduceat(pre.union, starts),
         low=np.minimum.reduceat(pre.low, starts),
         high=np.maximum.reduceat(pre.high, starts),
-        point=main.point,
     )
 
 
-def _first_of_site(pieces: _Pieces, rank: NDArray[np.int64]) -> Indices:
+def _first_of_site(pieces: Pieces, rank: Indices) -> NDArray[np.intp]:
     """Give the piece of least rank of each site; of equal ones the first."""
     order = np.lexsort((rank, pieces.site))
-    return order[np.flatnonzero(np.diff(pieces.site[order], prepend=-1))]
+    return order[_starts(pieces.site[order])]
+
+
+def _starts(site: NDArray[np.uint64]) -> NDArray[np.intp]:
+    """Give where each site begins; sites stand together."""
+    new = np.ones(len(site), bool)
+    new[1:] = site[1:] != site[:-1]
+    return np.flatnonzero(new)
 
 
 def _unless_last(
-    kept: NDArray[np.bool_], unwanted: NDArray[np.bool_], site: NDArray[np.int64]
+    kept: NDArray[np.bool_], unwanted: NDArray[np.bool_], site: NDArray[np.uint64]
 ) -> NDArray[np.bool_]:
     """Drop the unwanted from what is kept, save where a site would have none left."""
     wanted = kept & ~unwanted
@@ -276,18 +234,17 @@ def _unless_last(
 
 
 def _table(
-    site: NDArray[np.uint64],
-    neurons: NDArray[np.uint64],
-    pre: _Pieces,
-    post: _Pieces,
+    pre: Pieces,
+    post: Pieces,
     *,
+    by_neuron: bool,
     world: tuple[NDArray[np.float64], NDArray[np.float64]],
 ) -> pd.DataFrame:
-    """Lay out the rows; `neurons` is (2, rows), `world` voxel size and offset in nm."""
+    """Lay out the rows; `world` is voxel size and offset in nm."""
     voxel_nm, offset_nm = world
     low, high = np.minimum(pre.low, post.low), np.maximum(pre.high, post.high)
     confidence = (pre.union + post.union) / (pre.voxels + post.voxels) / SCALE
-    columns: dict[str, NDArray[np.generic]] = {"site": site, "partner": np.arange(1, len(site) + 1)}
+    columns: dict[str, NDArray[np.generic]] = {"site": post.site, "partner": np.arange(1, len(post) + 1)}
     for side, pieces in (("pre", pre), ("post", post)):
         columns |= {f"{side}_{axis}": pieces.point[:, i] for i, axis in enumerate("zyx")}
         nm = offset_nm + pieces.point * voxel_nm
@@ -295,5 +252,7 @@ def _table(
         columns[f"{side}_voxels"] = pieces.voxels
     for i, axis in enumerate("zyx"):
         columns |= {f"{axis}0": low[:, i], f"{axis}1": high[:, i]}
-    columns |= {"confidence": confidence, "pre_neuron": neurons[0], "post_neuron": neurons[1]}
+    columns["confidence"] = confidence
+    for side, pieces in (("pre", pre), ("post", post)):
+        columns[f"{side}_neuron"] = pieces.part if by_neuron else np.zeros_like(pieces.part)
     return pd.DataFrame({name: columns[name].astype(dtype) for name, dtype in COLUMNS.items()})

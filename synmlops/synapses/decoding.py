@@ -1,0 +1,281 @@
+"""Probabilities of any size to instances and the partner table, block by block, in bounded memory.
+
+The result does not depend on the blocks: ids, numbering and table are those of a single block that holds all.
+What stays in memory besides a block is a few numbers for each component that may be a site.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from synmlops.blockwise.grid import Block, BlockGrid
+from synmlops.params import CHANNELS, EvaluateParams, SynmlopsError
+from synmlops.progress import Report
+from synmlops.synapses.blocks import (
+    Decoded,
+    Given,
+    Links,
+    Source,
+    Task,
+    decode_block,
+    join_block,
+    label_block,
+    nearest_in_block,
+)
+from synmlops.synapses.crew import Crew, Opener, Sources, crew
+from synmlops.synapses.foreground import Levels
+from synmlops.synapses.instances import id_type, level_of
+from synmlops.synapses.joining import Sites, settle
+from synmlops.synapses.partners import rows_of
+from synmlops.synapses.pieces import Pieces, joined, merge
+from synmlops.synapses.spool import Spool
+from synmlops.volumes.files import plain_write_errors
+from synmlops.volumes.store import Grid
+from synmlops.volumes.table import empty_table
+
+Ids = np.dtype[np.unsignedinteger]
+_Result = TypeVar("_Result")
+
+
+class Target(Protocol):
+    """What takes ids by region, such as an array or an HDF5 dataset of zeros."""
+
+    def __setitem__(self, region: tuple[slice, slice, slice], ids: NDArray[Any], /) -> None:
+        """Put the ids of a block."""
+        ...
+
+
+@runtime_checkable
+class SharedTarget(Protocol):
+    """What takes ids by region from several processes at once, and can be pickled."""
+
+    def write(self, region: tuple[slice, slice, slice], array: NDArray[Any]) -> None:
+        """Put the ids of a block."""
+        ...
+
+
+def decode_blocks(
+    probabilities: Source | Opener,
+    *,
+    blocks: BlockGrid,
+    grid: Grid,
+    params: EvaluateParams,
+    threshold: float,
+    out: Callable[[Ids], Target | SharedTarget],
+    neurons: Source | Opener | None = None,
+    join_voxels: int = 0,
+    workers: int = 1,
+    scratch: Path | None = None,
+    report: Report = lambda done, note: None,
+) -> pd.DataFrame | None:
+    """Decode a volume of any size into instances and partner table.
+
+    Parameters
+    ----------
+    probabilities : (3 or 1, Z, Y, X) source of uint8, or a function that opens one
+        Pre, post, union, or union alone. With several workers a function that can be pickled, or an array.
+    blocks : BlockGrid
+        The region to decode, within the volume, and its blocks. Each is read once, without a margin.
+    grid : Grid
+        Voxel size, and where voxel (0, 0, 0) of the volume lies.
+    params : EvaluateParams
+        `min_voxels`, `side_threshold`, `min_side_voxels`.
+    threshold : float
+        Least union probability of the foreground, inclusive.
+    out : function
+        Called once with the type of the ids; gives what takes them, by regions of the volume, zero to begin
+        with. What has a method `write(region, ids)` is written by the workers, anything else by this process.
+        Blocks without a site are not written.
+    neurons : (Z, Y, X) source of int, or a function that opens one, optional
+    join_voxels : int, default 0
+        As in `decode_pairs`.
+    workers : int, default 1
+        Processes; 1 is this one alone.
+    scratch : Path, optional
+        Folder for what is laid aside between the passes: about 14 bytes for each foreground voxel. None keeps
+        it in memory, for one worker.
+    report : function, optional
+        Called with the passes over blocks done so far, of about 3 for each block.
+
+    Returns
+    -------
+    table : DataFrame or None
+        As of `partners_of` with the instances; None where the sides are not known.
+
+    Raises
+    ------
+    SynmlopsError
+        If the probabilities end early, the neurons have another shape, or `scratch` is full.
+    ValueError
+        If the threshold is not within 0 to 1, the region leaves the volume, the probabilities are not of 1 or
+        3 channels, or several workers have no scratch.
+
+    Examples
+    --------
+    >>> from synmlops.volumes.prepared import Box
+    >>> p = np.zeros((3, 1, 1, 8), np.uint8)
+    >>> p[0, 0, 0, 1:3], p[1, 0, 0, 3:5], p[2, 0, 0, 1:5] = 200, 220, 250
+    >>> ids = np.zeros((1, 1, 8), np.uint16)
+    >>> table = decode_blocks(
+    ...     p, blocks=BlockGrid(Box((0, 0, 0), (1, 1, 8)), (1, 1, 3)), grid=Grid((40, 4, 4)),
+    ...     params=EvaluateParams(min_voxels=2), threshold=0.5, out=lambda kind: ids
+    ... )
+    >>> ids.tolist(), table[["pre_x", "post_x"]].values.tolist()
+    ([[[0, 1, 1, 2, 2, 0, 0, 0]]], [[1, 3]])
+    """
+    if workers > 1 and scratch is None:
+        raise ValueError(f"{workers} workers need a scratch folder")
+    levels = Levels(level_of(threshold), level_of(params.side_threshold * threshold), join_voxels)
+    with _spool(scratch) as spool, crew(probabilities, neurons, workers) as hands:
+        task = Task(
+            blocks=blocks,
+            levels=levels,
+            min_voxels=params.min_voxels,
+            has_sides=_check(hands.sources, blocks),
+            by_neuron=neurons is not None,
+            voxel_nm=grid.voxel_nm,
+            spool=spool,
+        )
+        counted = _Count(report)
+        sites = _label(hands, task, counted)
+        pieces = _write(hands, task, sites, out, counted)
+    if not task.has_sides:
+        return None
+    if pieces is None:
+        return empty_table()
+    return rows_of(
+        pieces,
+        voxel_nm=grid.voxel_nm,
+        offset_nm=grid.offset_nm,
+        by_neuron=task.by_neuron,
+        min_side_voxels=params.min_side_voxels,
+    )
+
+
+def _check(sources: Sources, blocks: BlockGrid) -> bool:
+    """Refuse what does not go together; tell whether the probabilities know the sides."""
+    shape = sources.probabilities.shape
+    if len(shape) != 4 or shape[0] not in (1, len(CHANNELS)):
+        raise ValueError(f"probabilities must be (3 or 1, z, y, x), got {shape}")
+    outside = any(
+        start < 0 or stop > n
+        for start, stop, n in zip(blocks.region.start_zyx, blocks.region.stop_zyx, shape[1:], strict=True)
+    )
+    if outside:
+        raise ValueError(f"the region {blocks.region} leaves the volume of {shape[1:]}")
+    if sources.neurons is not None and tuple(sources.neurons.shape) != tuple(shape[1:]):
+        raise SynmlopsError(
+            f"the neurons have the shape {sources.neurons.shape}, the probabilities {shape[1:]}; "
+            "give the segmentation of the same volume at the same voxel size"
+        )
+    return shape[0] == len(CHANNELS)
+
+
+class _Count:
+    """Reports how many passes over blocks are done."""
+
+    def __init__(self, report: Report) -> None:
+        self._report, self._done = report, 0
+
+    def __call__(self, result: _Result) -> _Result:
+        self._done += 1
+        self._report(self._done, "")
+        return result
+
+
+@contextmanager
+def _spool(scratch: Path | None) -> Iterator[Spool]:
+    if scratch is None:
+        yield Spool(None)
+        return
+    with plain_write_errors(scratch):
+        scratch.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix="decode_", dir=scratch, ignore_cleanup_errors=True)
+    with folder as name:
+        yield Spool(Path(name))
+
+
+def _label(hands: Crew, task: Task, counted: _Count) -> Sites:
+    """Read every block, and join what goes on from one into the next."""
+    every = [(block,) for block in task.blocks]
+    summaries = [counted(one) for one in hands.map(_label_one, every, task)]
+    joining = every if len(every) > 1 else []
+    links = [counted(one) for one in hands.map(_join_one, joining, task)]
+    return settle(summaries, links, min_voxels=task.min_voxels)
+
+
+def _write(
+    hands: Crew, task: Task, sites: Sites, out: Callable[[Ids], Target | SharedTarget], counted: _Count
+) -> Pieces | None:
+    """Write the ids, and give the pieces of all sites, sorted; None if there are none."""
+    kind = id_type(2 * sites.n if task.has_sides else sites.n)
+    target = out(kind)
+    shared = target if isinstance(target, SharedTarget) else None
+    jobs = [
+        (block, given, shared)
+        for block in task.blocks
+        if (given := sites.given(block.index)).site.any()  # else it stays as it is, all zero
+    ]
+    whole: list[Pieces] = []
+    shares: list[tuple[Block, Pieces]] = []
+    for (block, *_), decoded in zip(jobs, hands.map(_decode_one, jobs, task, kind), strict=True):
+        counted(decoded)
+        if not isinstance(target, SharedTarget):
+            target[block.write.slices] = _painted(block, decoded, kind)
+        whole += [] if decoded.whole is None else [decoded.whole]
+        shares += [] if decoded.shares is None or not len(decoded.shares) else [(block, decoded.shares)]
+    if shares:
+        whole.append(_meet(hands, task, shares))
+    if not whole:
+        return None
+    pieces = joined(whole)
+    return pieces.where(np.lexsort((pieces.part, pieces.side, pieces.site)))
+
+
+def _meet(hands: Crew, task: Task, shares: list[tuple[Block, Pieces]]) -> Pieces:
+    """Add up the shares of several blocks, and find the point of each piece among their voxels."""
+    whole, number = merge(joined([share for _, share in shares]))
+    ends = np.cumsum([len(share) for _, share in shares])[:-1]
+    jobs = [
+        (block, whole.centroid[its]) for (block, _), its in zip(shares, np.split(number, ends), strict=True)
+    ]
+    distances, points = zip(*hands.map(_nearest_one, jobs, task), strict=True)
+    distance, point = np.concatenate(distances), np.concatenate(points)
+    order = np.lexsort((*point.T[::-1], distance, number))  # of equally near ones the first in scan order
+    first = order[np.flatnonzero(np.diff(number[order], prepend=-1))]
+    whole.point[:] = point[first]
+    return whole
+
+
+def _painted(block: Block, decoded: Decoded, kind: Ids) -> NDArray[Any]:
+    ids = np.zeros(block.write.shape_zyx, kind)
+    ids.reshape(-1)[decoded.flat] = decoded.ids
+    return ids
+
+
+def _label_one(sources: Sources, task: Task, block: Block) -> Any:
+    return label_block(task, block, sources.probabilities)
+
+
+def _join_one(_: Sources, task: Task, block: Block) -> Links:
+    return join_block(task, block)
+
+
+def _decode_one(
+    sources: Sources, task: Task, kind: Ids, block: Block, given: Given, shared: SharedTarget | None
+) -> Decoded:
+    decoded = decode_block(task, block, given, sources.neurons)
+    if shared is None:
+        return decoded
+    shared.write(block.write.slices, _painted(block, decoded, kind))
+    return decoded.without_voxels()
+
+
+def _nearest_one(_: Sources, task: Task, block: Block, centroid: NDArray[np.float64]) -> Any:
+    return nearest_in_block(task, block, centroid)

@@ -1,0 +1,87 @@
+"""Components of blocks to sites: which are one, which are large enough, how they are numbered."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from synmlops.synapses.blocks import Given, Links, Summary
+from synmlops.synapses.sparse import Indices, groups
+
+_NONE = np.empty((0, 4), np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Sites:
+    """The sites of a region, and which components of its blocks they are made of."""
+
+    n: int
+    site: Indices  # (K,) of each component of all blocks: 1 to n, or 0 where it is dropped
+    spans: NDArray[np.bool_]  # (K,) whether the site has another component
+    part: NDArray[np.uint64]  # (M,) name of each part of all blocks: where the whole part begins
+    components_before: Indices  # (blocks + 1,) components in the blocks before
+    parts_before: Indices  # (blocks + 1,)
+
+    def given(self, block: int) -> Given:
+        """Give what a block needs to know."""
+        components = slice(*self.components_before[block : block + 2])
+        parts = slice(*self.parts_before[block : block + 2])
+        return Given(self.site[components], self.spans[components], self.part[parts])
+
+
+def settle(summaries: Sequence[Summary], links: Sequence[Links], *, min_voxels: int) -> Sites:
+    """Join the components of all blocks, drop what is no site, and number the rest.
+
+    Parameters
+    ----------
+    summaries : sequence of Summary
+        Of each block, in order.
+    links : sequence of Links
+    min_voxels : int
+        A component with fewer foreground voxels, all its blocks together, is dropped; so is one of which no
+        voxel has a side.
+
+    Returns
+    -------
+    sites : Sites
+        Numbered in scan order.
+    """
+    components_before = _before([len(one.size) for one in summaries])
+    parts_before = _before([len(one.part_first) for one in summaries])
+    component = _joined(components_before, np.concatenate([_NONE, *(one.components for one in links)]))
+    part = _joined(parts_before, np.concatenate([_NONE, *(one.parts for one in links)]))
+    n = int(component.max(initial=-1)) + 1
+    size, sided = np.zeros(n, np.int64), np.zeros(n, bool)
+    np.add.at(size, component, np.concatenate([one.size for one in summaries]))
+    np.logical_or.at(sided, component, np.concatenate([one.sided for one in summaries]))
+    first = _least(component, np.concatenate([one.first for one in summaries]), n)
+    chosen = np.flatnonzero((size >= min_voxels) & sided)
+    number = np.zeros(n, np.int64)
+    number[chosen[np.argsort(first[chosen])]] = np.arange(1, len(chosen) + 1)
+    name = _least(part, np.concatenate([one.part_first for one in summaries]), int(part.max(initial=-1)) + 1)
+    return Sites(
+        n=len(chosen),
+        site=number[component],
+        spans=np.bincount(component, minlength=n)[component] > 1,
+        part=name[part].astype(np.uint64),
+        components_before=components_before,
+        parts_before=parts_before,
+    )
+
+
+def _before(counts: Sequence[int]) -> Indices:
+    return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+
+
+def _joined(before: Indices, pairs: Indices) -> Indices:
+    """Label the members of all blocks, given pairs of (block, number) that are one."""
+    block, number = pairs[:, 0::2], pairs[:, 1::2]
+    one, other = (before[block] + number).T
+    return groups(int(before[-1]), one, other)
+
+
+def _least(label: Indices, values: Indices, n: int) -> Indices:
+    least = np.full(n, np.iinfo(np.int64).max)
+    np.minimum.at(least, label, values)
+    return least

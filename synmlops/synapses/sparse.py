@@ -1,0 +1,152 @@
+"""Connected components of listed voxels: the cost goes by their number, not by the volume.
+
+Voxels that follow each other along x make a run, and only runs are compared. Synapses fill about a hundredth
+of a volume, so that this is several times as fast as labelling every voxel of it.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+Indices = NDArray[np.int64]
+
+
+def components(
+    flat: NDArray[np.integer],
+    shape_zyx: tuple[int, int, int],
+    *,
+    reach: int = 1,
+    value: NDArray[np.integer] | None = None,
+) -> Indices:
+    """Label the connected components of some voxels of a volume.
+
+    Parameters
+    ----------
+    flat : (N,) array of int
+        Where they are: ascending places in the flattened volume, x fastest.
+    shape_zyx : tuple of int
+        Of the volume.
+    reach : int, default 1
+        Two voxels touch if they lie at most one section and, along y and x, at most this many voxels apart; 1
+        is 26-connectivity.
+    value : (N,) array of int, optional
+        Only voxels of equal value touch; with a `reach` of 1 alone.
+
+    Returns
+    -------
+    labels : (N,) array of int
+        From 0 without gaps, in scan order of the components' first voxels.
+
+    Raises
+    ------
+    ValueError
+        If values are given with a `reach` beyond 1.
+
+    Examples
+    --------
+    >>> components(np.array([0, 1, 3, 9]), (1, 2, 5)).tolist()
+    [0, 0, 1, 1]
+    >>> components(np.array([0, 1, 3, 9]), (1, 2, 5), value=np.array([1, 2, 2, 2])).tolist()
+    [0, 1, 2, 2]
+    """
+    if value is not None and reach != 1:
+        raise ValueError(f"values part the voxels that touch at a reach of 1, not of {reach}")
+    if not len(flat):
+        return np.empty(0, np.int64)
+    runs = _Runs(flat.astype(np.int64, copy=False), shape_zyx, reach=reach, value=value)
+    one, other = (np.concatenate(ends) for ends in zip(*runs.meeting(), strict=True))
+    labels = groups(len(runs.row), one, other)
+    return np.repeat(labels, np.diff(runs.begins, append=len(flat)))
+
+
+def groups(n: int, one: ArrayLike, other: ArrayLike) -> Indices:
+    """Label what belongs together, given pairs that do.
+
+    Parameters
+    ----------
+    n : int
+        Members, numbered from 0.
+    one, other : (E,) array of int
+        Members of each pair; a pair may come up twice.
+
+    Returns
+    -------
+    labels : (n,) array of int
+        From 0 without gaps, in the order of the groups' first members.
+
+    Examples
+    --------
+    >>> groups(5, [1, 4], [3, 1]).tolist()
+    [0, 1, 2, 1, 1]
+    """
+    pairs = (np.asarray(one, np.int64), np.asarray(other, np.int64))
+    graph = coo_array((np.ones(len(pairs[0]), np.int8), pairs), shape=(n, n))
+    labels: Indices = connected_components(graph, directed=False)[1].astype(np.int64)  # goes through in order
+    return labels
+
+
+def first_places(flat: Indices, label: Indices) -> Indices:
+    """Give the first of the ascending places `flat` that bears each label, 0 to K - 1.
+
+    Examples
+    --------
+    >>> first_places(np.array([3, 5, 8]), np.array([1, 0, 1])).tolist()
+    [5, 3]
+    """
+    first = np.empty(int(label.max(initial=-1)) + 1, np.int64)
+    first[label[::-1]] = flat[::-1]  # the last one written is the first in order
+    return first
+
+
+class _Runs:
+    """Voxels of a row with no gap of `reach` or more between them, in scan order."""
+
+    def __init__(
+        self,
+        flat: Indices,
+        shape_zyx: tuple[int, int, int],
+        *,
+        reach: int,
+        value: NDArray[np.integer] | None,
+    ) -> None:
+        self._depth, self._height, width = shape_zyx
+        self._reach = reach
+        row, x = np.divmod(flat, width)
+        parted = (np.diff(flat, prepend=flat[0] - reach - 1) > reach) | (np.diff(row, prepend=-1) != 0)
+        if value is not None:
+            parted[1:] |= value[1:] != value[:-1]
+        self.begins = np.flatnonzero(parted)
+        self.row = row[self.begins]
+        self._first, self._last = x[self.begins], x[np.append(self.begins[1:], len(flat)) - 1]
+        self._value = None if value is None else value[self.begins]
+        # one ascending number for row and x, with room between rows for what reaches beyond their ends
+        self._stride = width + 2 * reach + 1
+        self._first_key = self.row * self._stride + self._first + reach
+        self._last_key = self.row * self._stride + self._last + reach
+
+    def meeting(self) -> Iterator[tuple[Indices, Indices]]:
+        """Give the pairs of runs in different rows that touch; the second follows the first."""
+        z, y = np.divmod(self.row, self._height)
+        for section, step in self._steps():
+            inside = (y + step >= 0) & (y + step < self._height) & (z + section < self._depth)
+            yield self._touching(np.flatnonzero(inside), section * self._height + step)
+
+    def _steps(self) -> Iterator[tuple[int, int]]:
+        yield from ((0, step) for step in range(1, self._reach + 1))
+        yield from ((1, step) for step in range(-self._reach, self._reach + 1))
+
+    def _touching(self, runs: Indices, rows: int) -> tuple[Indices, Indices]:
+        """Give the pairs of one of `runs` and a run that touches it `rows` rows further on."""
+        row = (self.row[runs] + rows) * self._stride
+        begin = np.searchsorted(self._last_key, row + self._first[runs])
+        end = np.searchsorted(self._first_key, row + self._last[runs] + 2 * self._reach, side="right")
+        n = np.maximum(end - begin, 0)
+        one = np.repeat(runs, n)
+        other = np.arange(len(one)) + np.repeat(begin - np.cumsum(n) + n, n)
+        if self._value is not None:
+            same = self._value[one] == self._value[other]
+            one, other = one[same], other[same]
+        return one, other
