@@ -234,6 +234,19 @@ def test_joining_reaches_over_a_narrow_block() -> None:
     same(found, as_whole(cleft, join_voxels=3))
 
 
+def test_growth_ends_at_the_border_which_decides_the_order() -> None:
+    two = np.zeros((3, 1, 4, 12), np.uint8)
+    two[:, 0, 1, :3] = two[:, 0, 0, 8:] = (
+        200  # the upper one, grown, begins where the lower one does: in row 0
+    )
+    found = by_block(two, (1, 2, 5), join_voxels=1)
+    assert (found.ids[0, 1, 0], found.ids[0, 0, 8]) == (2, 4)
+    mask = two[2] > 0
+    grown = ndimage.label(ndimage.binary_dilation(mask, np.ones((1, 3, 3))), np.ones((3, 3, 3)))[0]
+    assert (grown[0, 1, 0], grown[0, 0, 8]) == (1, 2)
+    same(found, as_whole(two, join_voxels=1))
+
+
 def test_nothing_above_the_threshold() -> None:
     found = by_block(np.zeros((3, 4, 5, 6), np.uint8), (2, 2, 2))
     assert not found.ids.any()

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synmlops.synapses.partners import neurons_under, partners_of
-from synmlops.volumes.table import COLUMNS, read_table, write_table
+from synmlops.volumes.table import COLUMNS, edges_of, read_table, write_table
 
 VOXEL_NM = (40.0, 8.0, 4.0)
 
@@ -58,6 +58,7 @@ def test_one_pair_by_hand() -> None:
         "confidence": pytest.approx((6 * 1 + 2 * 0.2) / 8),
         "pre_neuron": 0,
         "post_neuron": 0,
+        "self_contact": False,
     }
 
 
@@ -116,9 +117,9 @@ def test_the_pre_neuron_has_most_voxels_and_holds_the_point() -> None:
 def test_a_post_in_the_pre_neuron_goes_unless_alone() -> None:
     neurons = np.array([[[4, 4, 4, 4, 5]]], np.uint32)
     table = partners_of(_line(1, 2, 2, 2, 2), voxel_nm=VOXEL_NM, neurons=neurons, min_side_voxels=2)
-    assert _columns(table, "pre_neuron", "post_neuron", "post_voxels") == [[4, 5, 1]]
+    assert _columns(table, "pre_neuron", "post_neuron", "post_voxels", "self_contact") == [[4, 5, 1, 0]]
     alone = partners_of(_line(1, 2, 2, 2, 0), voxel_nm=VOXEL_NM, neurons=neurons)
-    assert _columns(alone, "pre_neuron", "post_neuron", "post_voxels") == [[4, 4, 3]]
+    assert _columns(alone, "pre_neuron", "post_neuron", "post_voxels", "self_contact") == [[4, 4, 3, 1]]
 
 
 def test_background_is_a_partner_only_where_there_is_no_neuron() -> None:
@@ -126,6 +127,7 @@ def test_background_is_a_partner_only_where_there_is_no_neuron() -> None:
     neurons = np.array([[[4, 0, 0, 6, 0, 0, 0]]], np.uint32)
     table = partners_of(labels, voxel_nm=VOXEL_NM, neurons=neurons)
     assert _columns(table, "pre_neuron", "post_neuron", "post_voxels") == [[4, 6, 1], [0, 0, 1]]
+    assert not table.self_contact.any()  # not known of what lies in no neuron
 
 
 def test_slivers_are_no_partners_but_the_largest_piece_stays() -> None:
@@ -163,6 +165,25 @@ def test_the_table_survives_the_disk(tmp_path) -> None:  # type: ignore[no-untyp
     table = partners_of(_line(1, 2, 0, 2), voxel_nm=VOXEL_NM)
     write_table(table, tmp_path / "partners.parquet")
     pd.testing.assert_frame_equal(read_table(tmp_path / "partners.parquet"), table)
+
+
+def test_a_table_of_before_there_was_a_flag_gets_it(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    neurons = np.array([[[4, 4, 0, 0]]], np.uint32)
+    table = partners_of(_line(1, 2, 3, 4), voxel_nm=VOXEL_NM, neurons=neurons)
+    assert table.self_contact.tolist() == [True, False]
+    table.drop(columns="self_contact").to_parquet(tmp_path / "old.parquet")
+    pd.testing.assert_frame_equal(read_table(tmp_path / "old.parquet"), table)
+
+
+def test_edges_count_the_partners_of_two_neurons() -> None:
+    neurons = np.array([[[7, 4, 4, 7, 4, 4, 9, 0, 9, 9]]], np.uint64)
+    labels = _line(1, 2, 0, 3, 4, 0, 5, 6, 7, 8)
+    probabilities = np.full((3, 1, 1, 10), 51, np.uint8)
+    table = partners_of(labels, voxel_nm=VOXEL_NM, neurons=neurons, probabilities_czyx=probabilities)
+    edges = edges_of(table)
+    assert edges.drop(columns="confidence_sum").to_numpy().tolist() == [[7, 4, 2], [9, 9, 1]]
+    assert edges.confidence_sum.tolist() == pytest.approx([0.4, 0.2])
+    assert edges_of(table[:0]).columns.tolist() == ["pre_neuron", "post_neuron", "count", "confidence_sum"]
 
 
 @pytest.mark.parametrize("memory", ["C", "F"])

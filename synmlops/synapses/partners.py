@@ -50,8 +50,8 @@ def partners_of(
         Columns and types of `synmlops.volumes.table.COLUMNS`, ascending by site and then by post neuron
         or scan order; `partner` counts the rows from 1. A site without a pre or a post side gives no row. The
         pre neuron is the one with most voxels of the pre side. A post piece in the pre neuron itself is
-        dropped unless the site has no other. Positions are voxels of the label, and of that neuron, nearest
-        to the centroid; rows of one site share the pre point.
+        dropped unless the site has no other, and then flagged as `self_contact`. Positions are voxels of the
+        label, and of that neuron, nearest to the centroid; rows of one site share the pre point.
 
     Raises
     ------
@@ -255,4 +255,5 @@ def _table(
     columns["confidence"] = confidence
     for side, pieces in (("pre", pre), ("post", post)):
         columns[f"{side}_neuron"] = pieces.part if by_neuron else np.zeros_like(pieces.part)
+    columns["self_contact"] = (columns["pre_neuron"] == columns["post_neuron"]) & (pre.part > 0)
     return pd.DataFrame({name: columns[name].astype(dtype) for name, dtype in COLUMNS.items()})

@@ -300,7 +300,7 @@ def partner_table(sites: list[Site], tissue: Tissue, *, grid: Grid) -> pd.DataFr
         for neuron in site.posts:
             post = (site.side == 2) & (site.depth_nm <= POST_NM) & (tissue.neurons[site.box] == neuron)
             row: dict[str, float] = {"site": n, "partner": len(rows) + 1, "confidence": 1.0}
-            row |= {"pre_neuron": site.pre, "post_neuron": neuron}
+            row |= {"pre_neuron": site.pre, "post_neuron": neuron, "self_contact": False}
             rows.append(row | _geometry(site.box, pre, post, grid))
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS) if rows else empty_table()
 

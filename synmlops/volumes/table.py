@@ -1,4 +1,4 @@
-"""The partner table: one row per pre-post pair, in memory a pandas frame, on disk Parquet."""
+"""The partner table: one row per pre-post pair, in memory a pandas frame, on disk Parquet or CSV."""
 
 from pathlib import Path
 
@@ -31,6 +31,7 @@ COLUMNS: dict[str, str] = {
     "confidence": "float64",  # 0 to 1; 1 in a true table
     "pre_neuron": "uint64",  # 0 where no segmentation is given or the side lies in its background
     "post_neuron": "uint64",
+    "self_contact": "bool",  # both sides lie in one neuron; false where that is not known
 }
 """Column names and dtypes, in order. World position in nm is offset_nm + voxel index * voxel_nm."""
 
@@ -74,20 +75,57 @@ def moved_voxels(table: pd.DataFrame, by_zyx: tuple[int, int, int]) -> pd.DataFr
     return moved
 
 
+def edges_of(table: pd.DataFrame) -> pd.DataFrame:
+    """Count the partners of each pair of neurons: the wiring diagram as a list.
+
+    Parameters
+    ----------
+    table : DataFrame
+        A partner table. Rows with an end in no neuron are left out.
+
+    Returns
+    -------
+    edges : DataFrame
+        `pre_neuron`, `post_neuron`, `count` and `confidence_sum`, ascending by the two neurons. Contacts of a
+        neuron with itself are edges as well.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({name: [1, 1, 1] for name in COLUMNS} | {"post_neuron": [4, 0, 4]})
+    >>> edges_of(table).values.tolist()
+    [[1, 4, 2, 2]]
+    """
+    known = table[(table.pre_neuron > 0) & (table.post_neuron > 0)]
+    by_pair = known.groupby(["pre_neuron", "post_neuron"], as_index=False)
+    return by_pair.agg(count=("confidence", "size"), confidence_sum=("confidence", "sum"))
+
+
 def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a partner table as Parquet, with the dtypes of `COLUMNS`; extra columns are kept."""
-    table.astype(COLUMNS).to_parquet(path, index=False)
+    """Write a partner table, with the dtypes of `COLUMNS`; extra columns are kept. See `write_frame`."""
+    write_frame(table.astype(COLUMNS), path)
+
+
+def write_frame(frame: pd.DataFrame, path: Path) -> None:
+    """Write a table as Parquet, or as CSV where the name ends in `.csv`."""
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_parquet(path, index=False)
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a partner table.
+    """Read a partner table from Parquet.
+
+    A table without `self_contact`, as written before there was this column, gets it.
 
     Raises
     ------
     ValueError
-        If a column of `COLUMNS` is missing.
+        If another column of `COLUMNS` is missing.
     """
     table = pd.read_parquet(path)
+    if "self_contact" not in table and {"pre_neuron", "post_neuron"} <= set(table):
+        table["self_contact"] = (table.pre_neuron == table.post_neuron) & (table.pre_neuron != 0)
     missing = [name for name in COLUMNS if name not in table.columns]
     if missing:
         raise ValueError(f"{path}: is no partner table, it lacks the columns {', '.join(missing)}")
