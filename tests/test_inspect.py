@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 from numpy.typing import NDArray
 from rich.console import Console
 
 from synmlops.volumes.inspect import VolumeReport, inspect_volume, inspect_volumes, render
 from synmlops.volumes.store import Grid, write_hdf5
+from synmlops.volumes.zarr import create_zarr
 
 GRID = Grid((40, 8, 8), (0, 8, 0))
 
@@ -156,3 +158,26 @@ def test_damage_found_while_reading_is_reported(tmp_path: Path) -> None:
     report = inspect_volume(str(tmp_path / "a.h5"))
     assert not report.readable
     assert "damaged" in report.problems[0]
+
+
+def test_chunked_volumes(tmp_path: Path) -> None:
+    writer = create_zarr(
+        tmp_path / "p.zarr",
+        (3, 6, 40, 40),
+        np.uint8,
+        shard=(3, 6, 40, 40),
+        chunk=(1, 6, 20, 20),
+        grid=GRID,
+        channels=["pre", "post", "union"],
+    )
+    writer.write((slice(None),) * 4, np.stack([_image()] * 3))
+    zarr.create_array(tmp_path / "label", data=_pairs(), attributes={"label_kind": "pairs"})
+    probabilities, label, wrong = inspect_volumes(
+        [f"{tmp_path}/{name}" for name in ("p.zarr", "label", "p.zarr::7")]
+    )
+    assert (probabilities.role, probabilities.grid, probabilities.problems) == ("probabilities", GRID, ())
+    assert label.label.startswith("pairs: 3 sites")
+    assert "has no scale level 7" in wrong.problems[0]
+    shard = tmp_path / "p.zarr/0/c/0/0/0/0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "is truncated or damaged" in inspect_volume(f"{tmp_path}/p.zarr").problems[0]

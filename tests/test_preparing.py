@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
+import zarr
 from numpy.typing import NDArray
 from tiny import Blobs, make_blobs, pairs_in
 
@@ -25,7 +26,7 @@ from synmlops.volumes.prepared import (
     Region,
     read_manifest,
 )
-from synmlops.volumes.preparing import Preparation, Source, list_sources, prepare_volume
+from synmlops.volumes.preparing import Preparation, Source, digest_of, list_sources, prepare_volume
 from synmlops.volumes.store import Grid, write_hdf5
 from synmlops.volumes.table import COLUMNS, read_table, write_table
 
@@ -148,6 +149,14 @@ def test_a_folder_of_tiff_sections_and_a_stack(tmp_path: Path) -> None:
     made = prepare_volume(source, tmp_path, voxel_nm=NM, pool_zyx=ONE)
     np.testing.assert_array_equal(made.volume.image, blobs.image)  # 10.tif comes after 9.tif
     assert set(made.volume.sha256) == {"image", "label"}
+
+
+def test_digest_of_a_chunked_folder_tells_its_chunks(tmp_path: Path) -> None:
+    for name, value in {"a": 1, "b": 1, "c": 2}.items():
+        zarr.create_array(tmp_path / name, data=np.full((2, 2, 2), value), chunks=(1, 2, 2))
+    a, b, c = (digest_of(f"zarr3://{tmp_path}/{name}::0") for name in "abc")
+    assert a == b != c
+    assert digest_of("https://host/a") == digest_of("zarr://https://host/a::1") != digest_of("https://host/b")
 
 
 def test_digest_of_a_folder_tells_its_content(tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def _bad_files(path: Path) -> dict[str, tuple[str, str]]:
         "colour": ("colour.tif", "is a colour image"),
         "one section": ("one.tif", "has 2 axes"),
         "pages that differ": ("ragged.tif", "its pages differ"),
-        "dataset of a TIFF": ("whole.tif::main", "only an HDF5 file has datasets"),
+        "dataset of a TIFF": ("whole.tif::main", "only HDF5, Zarr and N5 have datasets"),
         "folder without sections": ("hollow", "holds no TIFF or PNG section"),
         "sections that differ": ("ragged", r"1.png: is \(20, 50\) uint8, but 0.png is \(40, 50\) uint8"),
         "both kinds of sections": ("mixed", "holds both TIFF and PNG"),

@@ -14,7 +14,8 @@ import zarr
 from numpy.typing import NDArray
 
 from synmlops.params import SynmlopsError
-from synmlops.volumes.store import Grid
+from synmlops.volumes.probabilities import open_probabilities, read_probabilities
+from synmlops.volumes.store import Grid, open_volume
 from synmlops.volumes.zarr import ZarrWriter, create_zarr, open_zarr_writer
 
 GRID = Grid((40.0, 4.0, 8.0), (400.0, 0.0, 16.0))
@@ -221,3 +222,32 @@ def test_a_killed_writer_leaves_a_whole_shard_or_none(tmp_path: Path) -> None:
         writer = open_zarr_writer(path)
         writer.write((slice(None),) * 3, _noise(BIG))  # whatever the dead writer left is not in the way
         np.testing.assert_array_equal(zarr.open_group(path, mode="r")["0"][:], _noise(BIG))
+
+
+def test_probabilities_are_read_as_from_a_file(tmp_path: Path) -> None:
+    image = _noise()
+    _probabilities(tmp_path / "p.zarr").write(WHOLE, image)
+    with open_volume(tmp_path / "p.zarr", ndim=4) as volume:
+        assert volume.attrs == {"run": "r7", "scale": 255, "channels": CHANNELS}
+        assert volume.grid == GRID
+    read = read_probabilities(tmp_path / "p.zarr")
+    assert (read.channels, read.grid) == (tuple(CHANNELS), GRID)
+    np.testing.assert_array_equal(read.values_czyx, image)
+    with open_probabilities(tmp_path / "p.zarr") as volume:
+        np.testing.assert_array_equal(volume[:, 3:9, :5], image[:, 3:9, :5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"channels": None}, "scale=None, channels=None"),
+        ({"channels": None, "attrs": {"scale": 1, "channels": CHANNELS}}, "scale=1,"),
+        ({"channels": ["pre", "post", "mito"]}, "do not name its 3 planes"),
+    ],
+)
+def test_probabilities_that_say_too_little_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    _probabilities(tmp_path / "p.zarr", **changes)
+    with pytest.raises(SynmlopsError, match=message):
+        read_probabilities(tmp_path / "p.zarr")

@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from synmlops.params import LabelKind, SynmlopsError, VolumeSet
+from synmlops.volumes.chunk_headers import bare_address, is_chunked
 from synmlops.volumes.files import sha256_of
 from synmlops.volumes.labels import (
     Intensities,
@@ -235,12 +236,19 @@ def sides_of(label: NDArray[Any], kind: LabelKind, mask: NDArray[Any] | None = N
 
 
 def digest_of(source: str) -> str:
-    """Give the SHA-256 of a source: of a file, or of the names and digests of a folder's files."""
-    path = Path(source.partition("::")[0])
+    """Give the SHA-256 of a source: of a file, or of the names and digests of a folder's files.
+
+    Of what is on a server, it is that of the address: another content there goes unnoticed.
+    """
+    address = bare_address(source.partition("::")[0])
+    if "://" in address:
+        return hashlib.sha256(address.encode()).hexdigest()
+    path = Path(address)
     if path.is_file():
         return sha256_of(path)
-    names = sorted(file for file in path.iterdir() if file.is_file())
-    listing = "\n".join(f"{file.name} {sha256_of(file)}" for file in names)
+    inside = path.rglob("*") if is_chunked(address) else path.iterdir()
+    names = sorted(file for file in inside if file.is_file())
+    listing = "\n".join(f"{file.relative_to(path)} {sha256_of(file)}" for file in names)
     return hashlib.sha256(listing.encode()).hexdigest()
 
 

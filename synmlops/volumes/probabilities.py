@@ -1,4 +1,7 @@
-"""Files of probabilities: uint8, (c, z, y, x), which say their channels and scale or are refused."""
+"""Probabilities on disk: uint8, (c, z, y, x), which say their channels and scale or are refused.
+
+HDF5 for what fits one machine; Zarr, made by `synmlops.volumes.zarr`, for what many processes write.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synmlops.params import CHANNELS, SCALE, SynmlopsError
-from synmlops.volumes.store import Grid, hdf5_writer, open_volume
+from synmlops.volumes.chunk_headers import is_chunked
+from synmlops.volumes.store import Grid, Volume, hdf5_writer, open_volume
 
 DATASET = "probabilities"
 
@@ -34,15 +38,17 @@ def probabilities_writer(
         yield made[DATASET]
 
 
-def read_probabilities(path: Path) -> Probabilities:
-    """Read a whole file of probabilities.
+@contextmanager
+def open_probabilities(path: Path) -> Iterator[Volume]:
+    """Open an HDF5 file or a Zarr group of probabilities; its attribute `channels` names the planes.
 
     Raises
     ------
     SynmlopsError
-        If the file is missing or damaged, or does not say its channels, scale and voxel size.
+        If it is missing or damaged, or does not say its channels, scale and voxel size.
     """
-    with open_volume(f"{path}::{DATASET}", ndim=4) as volume:
+    source = path if is_chunked(str(path)) else f"{path}::{DATASET}"
+    with open_volume(source, ndim=4) as volume:
         channels, scale = volume.attrs.get("channels"), volume.attrs.get("scale")
         if volume.dtype != np.uint8 or scale != SCALE or channels is None or volume.grid is None:
             raise SynmlopsError(
@@ -53,4 +59,11 @@ def read_probabilities(path: Path) -> Probabilities:
             raise SynmlopsError(
                 f"{path}: channels {channels} do not name its {volume.shape[0]} planes; run `synmlops infer`"
             )
-        return Probabilities(volume.read(), tuple(channels), volume.grid)
+        yield volume
+
+
+def read_probabilities(path: Path) -> Probabilities:
+    """Read a whole file or Zarr group of probabilities; raises as `open_probabilities` does."""
+    with open_probabilities(path) as volume:
+        assert volume.grid is not None  # else it was refused
+        return Probabilities(volume.read(), tuple(volume.attrs["channels"]), volume.grid)

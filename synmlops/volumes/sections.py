@@ -34,6 +34,7 @@ class TiffStack:
     """A multi-page TIFF; an uncompressed one is memory-mapped, others are read page by page."""
 
     attrs: dict[str, Any]
+    name: str | None = None
     offset_nm: Nm | None = None
 
     def __init__(self, path: Path) -> None:
@@ -86,6 +87,7 @@ class SectionFolder:
     """A folder of TIFF or PNG files, one section each, in natural order of their names."""
 
     attrs: dict[str, Any]
+    name: str | None = None
     voxel_nm: Nm | None = None
     offset_nm: Nm | None = None
 

@@ -1,4 +1,4 @@
-"""Volumes on disk: HDF5, multi-page TIFF and folders of sections in, HDF5 out."""
+"""Volumes: HDF5, TIFF, folders of sections, Zarr, N5 and neuroglancer precomputed in, HDF5 out."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from synmlops.params import SynmlopsError
+from synmlops.volumes.chunk_headers import is_chunked
 from synmlops.volumes.files import atomic_path, plain_write_errors
 from synmlops.volumes.hdf5 import HDF5_SUFFIXES, Hdf5Dataset
 from synmlops.volumes.sections import TIFF_SUFFIXES, Nm, Region, SectionFolder, TiffStack
@@ -64,6 +65,8 @@ class _Reader(Protocol):
     voxel_nm: Nm | None
     offset_nm: Nm | None
 
+    @property
+    def name(self) -> str | None: ...  # within the file
     def read(self, region: Region) -> NDArray[Any]: ...
     def memmap(self) -> NDArray[Any] | None: ...
     def close(self) -> None: ...
@@ -75,8 +78,9 @@ class Volume:
     Attributes
     ----------
     path : Path
+        Of a URL, the URL as if it were one: of use for its name only.
     dataset : str or None
-        Name within an HDF5 file.
+        Name within an HDF5 file, or of the array within a group or pyramid.
     shape : tuple of int
         z, y, x, or c, z, y, x.
     dtype : numpy.dtype
@@ -84,11 +88,12 @@ class Volume:
     grid : Grid or None
         None if the file does not give the voxel size.
     attrs : dict
-        HDF5 attributes of the dataset and, where it lacks them, of the file's root.
+        Attributes of the dataset and, where it lacks them, of the HDF5 file's root or the OME-Zarr group.
     """
 
-    def __init__(self, path: Path, dataset: str | None, reader: _Reader) -> None:
-        self.path, self.dataset, self._reader = path, dataset, reader
+    def __init__(self, source: str | Path, reader: _Reader) -> None:
+        self._source, self._reader = str(source), reader
+        self.path, self.dataset = Path(source), reader.name
         self.shape, self.dtype, self.attrs = reader.shape, reader.dtype, reader.attrs
         self.grid = None
         if reader.voxel_nm is not None:
@@ -97,7 +102,7 @@ class Volume:
     @property
     def name(self) -> str:
         """The source as one would type it."""
-        return str(self.path) if self.dataset is None else f"{self.path}::{self.dataset}"
+        return self._source if self.dataset is None else f"{self._source}::{self.dataset}"
 
     def __getitem__(self, region: Region | slice) -> NDArray[Any]:
         """Read a region: slices with step 1, one per axis; missing trailing ones mean the whole axis."""
@@ -146,22 +151,28 @@ def open_volume(source: str | Path, *, ndim: int | None = 3) -> Volume:
     Parameters
     ----------
     source : str or Path
-        An HDF5 file, `a.h5::dataset` (default: `main`, else the only dataset); a multi-page TIFF; or a
-        folder of TIFF or PNG sections.
+        An HDF5 file, `a.h5::dataset` (default: `main`, else the only dataset); a multi-page TIFF; a folder
+        of TIFF or PNG sections; or the folder or URL (http, https, gs, s3) of a Zarr or N5 array, an OME-Zarr
+        group or a neuroglancer precomputed volume, `a.zarr::1` (scale level, default 0, or an array's path).
+        `zarr://`, `n5://` or `precomputed://` before it say what to look for, but need not be there.
     ndim : int or None
-        3 for z, y, x; 4 for c, z, y, x; None for either.
+        3 for z, y, x; 4 for c, z, y, x; None for either. Of chunked volumes, leading axes of length one are
+        left out where they are too many.
 
     Raises
     ------
     SynmlopsError
         If the file is missing, empty, truncated or of another format, the dataset is not there or not
-        the only one, the sections differ, or the volume has another number of axes or no voxels.
+        the only one, the sections differ, a server does not answer, or the volume has another number of axes
+        or no voxels.
     """
     text, _, dataset = str(source).partition("::")
-    path = Path(text)
-    reader = _open_reader(path, dataset or None)
-    name = reader.name if isinstance(reader, Hdf5Dataset) else None
-    volume = Volume(path, name, reader)
+    if is_chunked(text):
+        from synmlops.volumes.chunked import ChunkedArray  # tensorstore takes a while to import
+
+        volume = Volume(text, ChunkedArray(text, dataset or None, ndim=ndim))
+    else:
+        volume = Volume(Path(text), _open_reader(Path(text), dataset or None))
     axes = {3: "z, y, x", 4: "c, z, y, x", None: "z, y, x or c, z, y, x"}[ndim]
     if len(volume.shape) not in ((3, 4) if ndim is None else (ndim,)) or 0 in volume.shape:
         volume.close()
@@ -268,12 +279,12 @@ def _open_reader(path: Path, dataset: str | None) -> _Reader:
     if not path.is_dir() and (suffix in HDF5_SUFFIXES or h5py.is_hdf5(path)):
         return Hdf5Dataset(path, dataset)
     if dataset is not None:
-        raise SynmlopsError(f"{path}::{dataset}: only an HDF5 file has datasets; leave out ::{dataset}")
+        raise SynmlopsError(f"{path}::{dataset}: only HDF5, Zarr and N5 have datasets; leave out ::{dataset}")
     if path.is_dir():
         return SectionFolder(path)
     if suffix in TIFF_SUFFIXES:
         return TiffStack(path)
     raise SynmlopsError(
         f"{path}: unknown format; give HDF5 ({', '.join(HDF5_SUFFIXES)}), a multi-page TIFF "
-        f"({', '.join(TIFF_SUFFIXES)}) or a folder of TIFF or PNG sections"
+        f"({', '.join(TIFF_SUFFIXES)}), a folder of TIFF or PNG sections, or Zarr, N5 or precomputed"
     )
