@@ -7,6 +7,7 @@ What stays in memory besides a block is a few numbers for each component that ma
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -60,6 +61,22 @@ class SharedTarget(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Decoding:
+    """What was found.
+
+    Attributes
+    ----------
+    n_sites : int
+        Synapses: the largest id, or half of it where there are two for each.
+    table : DataFrame or None
+        The partner table, as of `partners_of` with the instances; None where the sides are not known.
+    """
+
+    n_sites: int
+    table: pd.DataFrame | None
+
+
 def decode_blocks(
     probabilities: Source | Opener,
     *,
@@ -73,7 +90,7 @@ def decode_blocks(
     workers: int = 1,
     scratch: Path | None = None,
     report: Report = lambda done, note: None,
-) -> pd.DataFrame | None:
+) -> Decoding:
     """Decode a volume of any size into instances and partner table.
 
     Parameters
@@ -105,8 +122,7 @@ def decode_blocks(
 
     Returns
     -------
-    table : DataFrame or None
-        As of `partners_of` with the instances; None where the sides are not known.
+    decoding : Decoding
 
     Raises
     ------
@@ -122,11 +138,11 @@ def decode_blocks(
     >>> p = np.zeros((3, 1, 1, 8), np.uint8)
     >>> p[0, 0, 0, 1:3], p[1, 0, 0, 3:5], p[2, 0, 0, 1:5] = 200, 220, 250
     >>> ids = np.zeros((1, 1, 8), np.uint16)
-    >>> table = decode_blocks(
+    >>> decoding = decode_blocks(
     ...     p, blocks=BlockGrid(Box((0, 0, 0), (1, 1, 8)), (1, 1, 3)), grid=Grid((40, 4, 4)),
     ...     params=EvaluateParams(min_voxels=2), threshold=0.5, out=lambda kind: ids
     ... )
-    >>> ids.tolist(), table[["pre_x", "post_x"]].values.tolist()
+    >>> ids.tolist(), decoding.table[["pre_x", "post_x"]].values.tolist()
     ([[[0, 1, 1, 2, 2, 0, 0, 0]]], [[1, 3]])
     """
     if workers > 1 and scratch is None:
@@ -145,17 +161,16 @@ def decode_blocks(
         counted = _Count(report)
         sites = _label(hands, task, counted)
         pieces = _write(hands, task, sites, out, counted)
-    if not task.has_sides:
-        return None
     if pieces is None:
-        return empty_table()
-    return rows_of(
+        return Decoding(sites.n, empty_table() if task.has_sides else None)
+    table = rows_of(
         pieces,
         voxel_nm=grid.voxel_nm,
         offset_nm=grid.offset_nm,
         by_neuron=task.by_neuron,
         min_side_voxels=params.min_side_voxels,
     )
+    return Decoding(sites.n, table)
 
 
 def _check(sources: Sources, blocks: BlockGrid) -> bool:
@@ -196,7 +211,7 @@ def _spool(scratch: Path | None) -> Iterator[Spool]:
         return
     with plain_write_errors(scratch):
         scratch.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix="decode_", dir=scratch, ignore_cleanup_errors=True)
+        folder = tempfile.TemporaryDirectory(prefix=".decode_", dir=scratch, ignore_cleanup_errors=True)
     with folder as name:
         yield Spool(Path(name))
 
