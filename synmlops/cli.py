@@ -210,6 +210,56 @@ def evaluate(
 
 
 @app.command()
+def decode(
+    probabilities: Annotated[Path, typer.Argument(help="What infer wrote: HDF5 or Zarr.")],
+    params: ParamsFile = Path("params.yaml"),
+    out: Annotated[Path, typer.Option(help="Folder for instances, partners and edges.")] = Path(
+        "data/decoded"
+    ),
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="0 to 1; default: evaluate.threshold, else what evaluate chose, else 0.5."),
+    ] = None,
+    evaluated: Annotated[Path, typer.Option("--evaluated", help="What evaluate wrote.")] = EVALUATED,
+    fold: Annotated[str, typer.Option(help="Of a cross-validation: whose threshold.")] = WHOLE,
+    neurons: Annotated[
+        str | None, typer.Option(help="Segmentation on the same voxels, to tell partners apart by neuron.")
+    ] = None,
+    block: Annotated[
+        str | None, typer.Option(help="Voxels that a process reads at once, z,y,x; default: 64,512,512.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="CPU processes.")] = 1,
+    format: Annotated[
+        str | None, typer.Option(help="Of the instances: h5, or zarr, the default for several processes.")
+    ] = None,
+) -> None:
+    """Turn probabilities of any size into instances, partner table and edges, block by block."""
+    from synmlops.stages import decode as stage
+
+    if format not in (None, "h5", "zarr"):
+        raise SynmlopsError(f"--format {format}: must be h5 or zarr")
+    settings = load_params(params).evaluate
+    chosen = stage.choose_threshold(
+        threshold, params=settings, operating_point=evaluated / "operating_point.json", fold=fold
+    )
+    typer.echo(f"threshold {chosen.value:g} ({chosen.source})")
+    written = stage.run(
+        probabilities,
+        out=out,
+        params=settings,
+        threshold=chosen.value,
+        neurons=neurons,
+        block_zyx=_three_voxels(block) or stage.BLOCK_ZYX,
+        processes=processes,
+        suffix=format and f".{format}",
+    )
+    say(written.notes)
+    typer.echo(written.summary)
+    for path in written.files:
+        typer.echo(path)
+
+
+@app.command()
 def scores(
     folder: Annotated[Path, typer.Argument(help="What evaluate wrote.")] = EVALUATED,
 ) -> None:
@@ -432,4 +482,16 @@ def _three_numbers(text: str | None) -> tuple[float, float, float] | None:
         z, y, x = (float(part) for part in text.split(","))
     except ValueError as error:
         raise SynmlopsError(f"--voxel-nm {text}: give three numbers, such as 40,8,8") from error
+    return z, y, x
+
+
+def _three_voxels(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    try:
+        z, y, x = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise SynmlopsError(f"--block {text}: give three whole numbers, such as 64,512,512") from error
+    if min(z, y, x) < 1:
+        raise SynmlopsError(f"--block {text}: must be positive")
     return z, y, x
