@@ -39,9 +39,9 @@ from synmlops.learning.checkpoint import Model, ModelMeta
 from synmlops.learning.distributed import Ranks
 from synmlops.learning.loop import Recipe, Silent, fit
 from synmlops.learning.networks.registry import build_network
+from synmlops.learning.predict import Predictor
 from synmlops.learning.sampling import train_regions
 from synmlops.params import Params, load_params
-from synmlops.stages.infer import predict_region
 from synmlops.stages.prepare import run as run_prepare
 from synmlops.synapses.instances import Instances, components_of, decode_union
 from synmlops.synapses.matching import match_overlaps, match_points, overlaps_of
@@ -49,7 +49,7 @@ from synmlops.synapses.metrics import centroids_of
 from synmlops.synapses.voxels import histogram_of
 from synmlops.volumes.files import atomic_path
 from synmlops.volumes.prepared import UNTRUSTED, Manifest, Region, read_manifest
-from synmlops.volumes.probabilities import read_probabilities
+from synmlops.volumes.probabilities import probabilities_writer, read_probabilities
 
 EXAMPLE = Path(__file__).parents[1] / "examples/vnc/params.yaml"
 TILES_YX = (2, 3)  # of a band
@@ -202,7 +202,16 @@ def run_job(job: Job, base: Params, prepared: Path, steps: int, out: Path) -> st
     model, seconds = train(job, base, manifest, steps=steps)
     region = _band(manifest, job.fold)
     path = out / f"{job.name}.h5"
-    predict_region(model, manifest.volumes[region.volume], region, path, params=base.infer)
+    volume = manifest.volumes[region.volume]
+    predictor = Predictor([model], shape_zyx=volume.shape_zyx, region=region.box, params=base.infer)
+    read = predictor.to_read(region.box)
+    with probabilities_writer(
+        path,
+        region.box.shape_zyx,
+        channels=predictor.channels,
+        grid=volume.grid.cropped(region.box.start_zyx),
+    ) as written:
+        written[...] = predictor(np.asarray(volume.image[read.slices]), region.box)
     with atomic_path(out / f"{job.name}.json") as temporary:
         temporary.write_text(json.dumps({"steps": steps, "cpu_seconds": round(seconds, 1)}) + "\n")
     return f"{job.name}: {steps} steps in {seconds:.0f} CPU s"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from synmlops.layout import EVALUATED, MODELS, PREDICTED, PREPARED, RUN_FILE, WHOLE, model_file
-from synmlops.params import Params, SynmlopsError, load_params
+from synmlops.params import IncompleteError, Params, SynmlopsError, load_params
 from synmlops.progress import say
 
 app = typer.Typer(
@@ -45,9 +45,12 @@ def main() -> None:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turn what a user can mend into one message and exit code 2."""
+    """Turn what a user can mend into one message and exit code 2, or 3 if all else was done."""
     try:
         yield
+    except IncompleteError as error:
+        print(f"synmlops: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(3) from None
     except SynmlopsError as error:
         from synmlops.learning.launch import tell_launcher
 
@@ -158,38 +161,64 @@ def infer(
     models: ModelsFolder = MODELS,
     out: Annotated[Path, typer.Option(help="Folder for the probabilities.")] = PREDICTED,
     gpus: Gpus = None,
+    processes: Annotated[int, typer.Option(min=1, help="CPU processes, where no GPU is used.")] = 1,
     image: Annotated[
-        str | None, typer.Option(help="Volumes to predict, a.h5@b.h5; instead of the prepared ones.")
+        str | None, typer.Option(help="Volumes to predict, a.h5@b.zarr; instead of the prepared ones.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="With --image: a model file, or models:/NAME@ALIAS of the registry.")
+        list[str] | None,
+        typer.Option(help="A model file, or models:/NAME@ALIAS of the registry; again for an ensemble."),
     ] = None,
     voxel_nm: Annotated[
-        str | None, typer.Option(help="With --image: voxel size z,y,x where the file does not say it.")
+        str | None, typer.Option(help="Voxel size z,y,x where the file does not say it.")
     ] = None,
+    resample: Annotated[bool, typer.Option(help="Resample to the model's voxel size on the fly.")] = False,
+    roi: Annotated[str | None, typer.Option(help="Region in voxels, z0:z1,y0:y1,x0:x1.")] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="Volume, non-zero where to predict; of any voxel size.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="h5, or zarr: the default where several machines write.")
+    ] = None,
+    block: Annotated[
+        str | None, typer.Option(help="Voxels of a block, z,y,x; rounded up to whole windows.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a Dask scheduler whose workers compute.")
+    ] = None,
+    part: Annotated[str | None, typer.Option(help="Of a job array: 3/64 is the third of 64 shares.")] = None,
 ) -> None:
-    """Predict the validation and test regions, or with --image any volume."""
+    """Predict the validation and test regions, or any volume with --image, to which most options belong.
+
+    A volume is predicted by block. Run again after whatever ended it, it goes on where it was; exit code 3
+    says that some blocks could not be read.
+    """
+    from synmlops.learning.volume_prediction import Engine
     from synmlops.stages import infer as stage
 
     settings = load_params(params)
     if image is None:
-        if model is not None or voxel_nm is not None:
-            raise SynmlopsError(
-                "--model and --voxel-nm go with --image; the stage takes its model from --models"
-            )
-        record = stage.run(settings, prepared=prepared, models=models, out=out, gpus=gpus)
+        if any((model, voxel_nm, resample, roi, mask, format, block, scheduler, part)):
+            raise SynmlopsError("of the options, only --gpus and --processes go without --image")
+        engine = Engine(gpus=gpus, processes=processes)
+        record = stage.run(settings, prepared=prepared, models=models, out=out, engine=engine)
         typer.echo(f"probabilities in {out}; run {record.key}")
         return
+    if format not in (None, "h5", "zarr"):
+        raise SynmlopsError(f"--format {format}: must be h5 or zarr")
     written = stage.run_on_images(
         image,
-        model=model or str(models / "model.safetensors"),
+        models=model or [str(models / "model.safetensors")],
         out=out,
         params=settings.infer,
-        gpus=gpus,
-        voxel_nm=_three_numbers(voxel_nm),
+        engine=Engine(gpus, processes, scheduler, _part(part), _three_voxels(block)),
+        view=stage.View(_three_numbers(voxel_nm), stage.parse_roi(roi) if roi else None, mask, resample),
+        suffix=format and f".{format}",
     )
     for path in written:
         typer.echo(path)
+    if not written:
+        typer.echo("this part is done; the output appears when all are")
 
 
 @app.command()
@@ -495,3 +524,12 @@ def _three_voxels(text: str | None) -> tuple[int, int, int] | None:
     if min(z, y, x) < 1:
         raise SynmlopsError(f"--block {text}: must be positive")
     return z, y, x
+
+
+def _part(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 1, 1
+    number, _, of = text.partition("/")
+    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+        raise SynmlopsError(f"--part {text}: give a share and how many there are, such as 3/64")
+    return int(number), int(of)

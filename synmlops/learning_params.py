@@ -309,13 +309,32 @@ class LossParams(Section):
         return self
 
 
-class InferParams(Section):
-    """The sliding window."""
+class WindowParams(Section):
+    """The windows in which a network sees a volume."""
 
     window_zyx: Zyx = (16, 256, 256)
-    overlap: Annotated[float, Field(ge=0, le=0.75)] = 0.25  # of the window, along each axis
+    overlap: Annotated[float, Field(ge=0, le=0.75)] = 0.25  # share of a window that is context alone
+    fade: Fraction = 0.0  # share of that context in which neighbouring windows fade into each other
     batch_size: Count = 1  # windows
     precision: Precision = "auto"
+
+
+class InferParams(WindowParams):
+    """Windows, and what is done with them."""
+
+    views: Literal[1, 4, 8, 16] = 1  # of each window: turned by flips in plane, with quarter turns, and in z
+    merge: Literal["mean", "min", "max"] = "mean"  # of the views' and the models' probabilities
+    intensity: Literal["training", "volume"] = "training"  # whose grey levels are taken for 0 and 1
+
+    @model_validator(mode="after")
+    def _views_fit_window(self) -> Self:
+        _, y, x = self.window_zyx
+        if self.views >= 8 and y != x:
+            raise ValueError(
+                f"infer.views: {self.views} turns windows by 90 degrees, but infer.window_zyx is {y} x {x} "
+                "in plane; use a square one, or infer.views: 4"
+            )
+        return self
 
 
 class TrainParams(Section):
@@ -338,7 +357,7 @@ class TrainParams(Section):
     )
     validate_every: Count = 440  # steps
     early_stop: Size = 0  # validations in a row without a better score that end training; 0: never
-    validation: InferParams = InferParams()  # apart from infer's own, so that changing that trains nothing
+    validation: WindowParams = WindowParams()  # apart from infer's own, so that changing that trains nothing
     checkpoint_every: Count = 100  # steps
     precision: Precision = "auto"  # bf16 where the device is fast in it
 

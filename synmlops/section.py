@@ -26,6 +26,10 @@ class SynmlopsError(Exception):
     """What a user can mend: one message with the value, what is allowed and what to do next."""
 
 
+class IncompleteError(SynmlopsError):
+    """Some of the work could not be done, and all the rest was."""
+
+
 class Section(BaseModel):
     """A part of params.yaml: frozen, and an unknown key is an error."""
 

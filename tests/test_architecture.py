@@ -26,6 +26,7 @@ ONLY_IN = {
     "safetensors": {"learning", "serving"},
     "mlflow": {"tracking", "serving"},
     "dask": {"blockwise"},
+    "distributed": {"blockwise"},
 }
 WATCHED_BY_NO_STAGE = ("tracking", "serving", "cli", "progress", "explain")  # cannot change a stage's outputs
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -6,10 +6,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from synmlops.blockwise.grid import BlockGrid
+from synmlops.learning import predict as predict_module
 from synmlops.learning.checkpoint import Model, ModelMeta
 from synmlops.learning.networks.registry import build_network
-from synmlops.learning.predict import autocast, predict, predict_array
-from synmlops.params import CHANNELS, InferParams, NetworkParams
+from synmlops.learning.predict import Predictor, autocast, predict, predict_array
+from synmlops.params import CHANNELS, InferParams, NetworkParams, SynmlopsError
+from synmlops.volumes.prepared import Box
 
 FLAT = NetworkParams(stem_zyx=(1, 1, 1), widths=(4,), kernels=((1, 3, 3),), pools=(), norm="batch")
 POOLED = NetworkParams(stem_zyx=(1, 2, 2), widths=(4, 6), kernels=((1, 3, 3), (3, 3, 3)), pools=((2, 2, 2),))
@@ -89,7 +92,8 @@ def test_constant_network_gives_constants(shape: tuple[int, int, int], overlap: 
     assert all(n <= w for seen in network.seen for n, w in zip(seen[2:], (8, 32, 32), strict=True))
 
 
-def test_slabs_follow_each_other() -> None:
+def test_slabs_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict_module, "SLAB_VOXELS", 1)
     slabs = list(predict(_model(Constant(0, 0, 0)), _image(21, 20, 20), params=_params((8, 16, 16))))
     starts = [z for z, _ in slabs]
     ends = [z + slab.shape[1] for z, slab in slabs]
@@ -110,8 +114,9 @@ def test_every_voxel_lands_where_it_came_from(dtype: Any) -> None:
 
 def test_normalises_by_the_model() -> None:
     image = np.full((2, 8, 8), 150, np.uint8)
+    image[0, 0, 0] = 160
     out = predict_array(_model(Brightness(), mean=100, std=200), image, params=_params((2, 8, 8)))
-    assert (out == round(0.25 * 255)).all()
+    assert (out[:, 1] == round(0.25 * 255)).all()
 
 
 def test_rounds_to_the_nearest_grey_level() -> None:
@@ -139,59 +144,151 @@ def test_windows_agree_with_one_window_away_from_borders() -> None:
     field = FLAT.receptive_field_zyx()
     assert field == (1, 7, 7)
     whole = predict_array(model, image, params=_params((4, 48, 48))).astype(int)
-    parts = predict_array(model, image, params=_params((4, 24, 24), 0.5)).astype(int)
+    parts = predict_array(model, image, params=_params((4, 24, 24), 0)).astype(int)
     assert np.ptp(whole) > 100
     inner = np.ones(48, bool)
-    for edge in (0, 12, 24, 36, 48):  # every border of a window: 24 wide, in steps of 12
+    for edge in (0, 24, 48):  # every border of a window
         inner[max(0, edge - field[1] // 2) : edge + field[1] // 2] = False
     away = np.abs(whole - parts)[:, :, inner][..., inner]
     assert away.size
     assert away.max() <= 1
     assert np.abs(whole - parts)[:, :, ~inner].max() > 1  # at the borders of windows context is missing
+    enough = predict_array(model, image, params=_params((4, 24, 24), 0.5)).astype(int)
+    assert np.abs(whole - enough).max() <= 1  # each window sees 6 voxels beyond what it answers for
 
 
-def test_blending_hides_window_borders() -> None:
-    """Where windows overlap, the one whose border is farther away counts more."""
+def test_context_and_fading_hide_window_borders() -> None:
+    """The more of a window is context alone, and the softer windows give way, the less do borders show."""
     model, image = _trained(FLAT), _image(4, 64, 64, seed=5)
     whole = predict_array(model, image, params=_params((4, 64, 64))).astype(int)
-    errors = [
-        np.abs(whole - predict_array(model, image, params=_params((4, 16, 16), overlap))).mean()
-        for overlap in (0, 0.25, 0.5)
-    ]
-    assert errors[0] > 1.5 * errors[1] > 1.5 * errors[2]
+
+    def error(overlap: float, fade: float) -> float:
+        parts = predict_array(model, image, params=_params((4, 16, 16), overlap, fade=fade))
+        return float(np.abs(whole - parts).mean())
+
+    assert error(0, 0) > 2 * error(0.25, 0) > 2 * error(0.5, 0)
+    assert error(0.5, 0) == 0  # four voxels of context, three are needed
+    assert error(0.25, 1) < error(0, 0)
+    soft, hard = (
+        predict_array(model, image, params=_params((4, 16, 16), 0.25, fade=fade)) for fade in (1, 0)
+    )
+    steps = [np.abs(np.diff(one.astype(int), axis=3))[..., 11].mean() for one in (soft, hard, whole)]
+    assert abs(steps[0] - steps[2]) < abs(steps[1] - steps[2])  # at a border between two cells
 
 
-def test_depth_is_read_and_kept_a_window_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither what is read at once nor what is summed up grows with the depth of the volume."""
+@pytest.mark.parametrize("fade", [0, 1])
+@pytest.mark.parametrize("block", [(3, 9, 9), (4, 16, 40), (7, 33, 100), (100, 10, 100)])
+def test_blocks_equal_the_whole(block: tuple[int, int, int], fade: float) -> None:
+    """In steps of any size, of a region within a volume, with views and a batch of several windows."""
+    model, image = _trained(POOLED), _image(13, 61, 47)
+    image[:, :20, 30:] = 7  # no tissue
+    region = Box((1, 0, 5), (12, 61, 46))
+    params = _params((8, 24, 32), 0.4, fade=fade, views=4, batch_size=3)
+    predictor = Predictor([model], shape_zyx=image.shape, region=region, params=params)
+    whole = predictor(image[predictor.to_read(region).slices], region)
+    assert np.ptp(whole) > 50
+    out = np.zeros((3, *image.shape), np.uint8)
+    for one in BlockGrid(region, block):
+        read = predictor.to_read(one.write)
+        out[(slice(None), *one.write.slices)] = predictor(image[read.slices], one.write)
+    parts = out[(slice(None), *region.slices)]
+    assert np.abs(parts.astype(int) - whole).max() <= 1
+    assert (parts == whole).mean() > 0.99
+
+
+def test_a_slab_of_one_grey_level_is_no_tissue() -> None:
+    image = _image(4, 16, 64)
+    image[:, :, :32] = 200
+    model = _model(Constant(0.0, 1.0, 2.0))
+    out = predict_array(model, image, params=_params((4, 16, 16), 0))
+    assert not out[..., :32].any()
+    assert out[..., 32:].all()
+    assert len(model.network.seen) == 2  # type: ignore[arg-type]
+
+
+def test_a_mask_leaves_windows_out() -> None:
+    image, mask = _image(4, 16, 64), np.zeros((4, 16, 64), bool)
+    mask[1, 3, 17] = mask[:, :, 60:] = True
+    model = _model(Constant(0.0, 1.0, 2.0))
+    box = Box((0, 0, 0), image.shape)
+    out = Predictor([model], shape_zyx=image.shape, params=_params((4, 16, 16), 0))(image, box, mask=mask)
+    assert ((out > 0) == mask).all()
+    assert len(model.network.seen) == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("views", [4, 8, 16])
+def test_views_are_turned_back(views: Literal[4, 8, 16]) -> None:
+    """A network that looks at single voxels says the same from every side; one that looks about does not."""
+    image = _image(5, 40, 40)
+    plain, turned = (
+        predict_array(_model(Brightness()), image, params=_params((4, 16, 16), views=n)) for n in (1, views)
+    )
+    assert np.abs(plain.astype(int) - turned).max() <= 1
+    model = _trained(POOLED)
+    whole = predict_array(model, image, params=_params((4, 16, 16), views=views))
+    flipped = predict_array(model, image[:, ::-1].copy(), params=_params((6, 40, 40), views=views))
+    straight = predict_array(model, image, params=_params((6, 40, 40), views=views))
+    assert np.abs(flipped[:, :, ::-1].astype(int) - straight).max() <= 1
+    assert np.abs(whole.astype(int) - predict_array(model, image, params=_params((4, 16, 16)))).max() > 20
+
+
+@pytest.mark.parametrize(("merge", "expected"), [("mean", 0.5), ("min", 0.25), ("max", 0.75)])
+def test_models_are_merged(merge: Literal["mean", "min", "max"], expected: float) -> None:
+    models = [_model(Constant(*[float(np.log(p / (1 - p)))] * 3)) for p in (0.25, 0.75)]
+    out = predict_array(models, _image(2, 8, 8), params=_params((2, 8, 8), merge=merge))
+    assert (out == round(expected * 255)).all()
+
+
+def test_models_of_different_channels_are_not_merged() -> None:
+    one = _model(Constant(0, 0, 0))
+    other = Model(one.network, one.meta.model_copy(update={"channels": ("union",)}))
+    with pytest.raises(SynmlopsError, match="pre, post, union and union"):
+        predict_array([one, other], _image(2, 8, 8), params=_params((2, 8, 8)))
+
+
+def test_only_what_the_model_knows_comes_out() -> None:
+    one = _model(Constant(0.0, 1.0, 2.0))
+    known = Model(one.network, one.meta.model_copy(update={"channels": ("post", "union")}))
+    image = _image(2, 8, 8)
+    every = predict_array(one, image, params=_params((2, 8, 8)))
+    np.testing.assert_array_equal(predict_array(known, image, params=_params((2, 8, 8))), every[1:])
+
+
+def test_grey_levels_of_the_volume_may_replace_those_of_training() -> None:
+    image = _image(2, 8, 8)
+    box = Box((0, 0, 0), image.shape)
+    plain = Predictor([_model(Brightness())], shape_zyx=image.shape, params=_params((2, 8, 8)))
+    other = Predictor(
+        [_model(Brightness())], shape_zyx=image.shape, params=_params((2, 8, 8)), grey=(10, 510)
+    )
+    expected = np.clip((image.astype(float) - 10) / 510, 0, 1) * 255
+    assert np.abs(other(image, box)[0] - expected).max() <= 0.51
+    assert (other(image, box) != plain(image, box)).any()
+
+
+def test_an_image_of_another_shape_is_refused() -> None:
+    predictor = Predictor([_model(Constant(0, 0, 0))], shape_zyx=(2, 8, 8), params=_params((2, 8, 8)))
+    with pytest.raises(ValueError, match=r"\(2, 8, 7\) must be of \(2, 8, 8\)"):
+        predictor(_image(2, 8, 7), Box((0, 0, 0), (2, 8, 8)))
+
+
+def test_depth_is_read_and_kept_a_slab_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what is read at once nor what is computed grows with the depth of the volume."""
+    monkeypatch.setattr(predict_module, "SLAB_VOXELS", 12 * 20 * 20)
     read: list[int] = []
-    made: list[tuple[int, ...]] = []
 
     class Deep:
         shape = (90, 20, 20)
 
-        def __getitem__(self, index: slice) -> NDArray[np.uint8]:
-            read.append(index.stop - index.start)
-            return _image(index.stop - index.start, 20, 20)
+        def __getitem__(self, index: tuple[slice, ...]) -> NDArray[np.uint8]:
+            read.append(index[0].stop - index[0].start)
+            return _image(read[-1], 20, 20)
 
-    zeros, concatenate = torch.zeros, torch.cat
-
-    def noted(*args: Any, **kwargs: Any) -> Tensor:
-        made.append(tuple((out := zeros(*args, **kwargs)).shape))
-        return out
-
-    def joined(parts: Any, dim: int = 0) -> Tensor:
-        made.append(tuple((out := concatenate(parts, dim=dim)).shape))
-        return out
-
-    monkeypatch.setattr(torch, "zeros", noted)
-    monkeypatch.setattr(torch, "cat", joined)
     model = _model(Constant(0.0, 0.0, 0.0))
-    n = sum(slab.shape[1] for _, slab in predict(model, Deep(), params=_params((8, 16, 16))))
-    assert n == 90
-    assert max(read) == 8
-    kept = [shape for shape in made if len(shape) == 4]
-    assert kept
-    assert {shape[1] for shape in kept} == {8}
+    slabs = [slab.shape[1] for _, slab in predict(model, Deep(), params=_params((8, 16, 16)))]
+    assert sum(slabs) == 90
+    assert max(slabs) == 12
+    assert max(read) == 14  # a voxel of context on either side
 
 
 def test_progress_counts_windows() -> None:
@@ -204,8 +301,9 @@ def test_progress_counts_windows() -> None:
         progress=lambda done, total: seen.append((done, total)),
     ):
         pass
-    assert seen[-1] == (3 * 9, 3 * 9)
-    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1] == (3 * 16, 3 * 16)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert len({done for done, _ in seen}) > 5
 
 
 def test_precision() -> None:

@@ -151,7 +151,7 @@ def ask(model: SynapseModel, *values: Any) -> pd.DataFrame:
 
 def expected(project: Project, volume: NDArray[Any]) -> NDArray[np.uint8]:
     """What `infer` writes: the channels that the model was trained on."""
-    return predict_array(load_model(project.model), volume, params=INFER)[1:]
+    return predict_array(load_model(project.model), volume, params=INFER)
 
 
 def test_rows_are_answered_as_infer_would_with_the_trained_channels_alone(
@@ -219,7 +219,7 @@ def test_a_registered_model_is_loaded_with_its_operating_point(
     for uri in (first.uri, "models:/synmlops/1"):
         model = load_registered(uri)
         assert model.meta == load_model(project.model).meta.model_copy(update={"threshold": 0.375})
-        probabilities = predict_array(model, a_volume(), params=INFER)[1:]
+        probabilities = predict_array(model, a_volume(), params=INFER)
         assert np.array_equal(probabilities, expected(project, a_volume()))
 
 
@@ -511,7 +511,9 @@ def test_no_pickle_is_in_a_registered_model(project: Project, first: RegisteredV
     assert not [path for path in files if path.suffix in PICKLES or "__pycache__" in path.parts]
     others = [path for path in files if path.suffix != ".safetensors"]  # which begins with any number
     assert not [path for path in others if path.read_bytes()[:1] == b"\x80"]  # how a pickle begins
-    described = [path.read_text() for path in files if path.name == "MLmodel"]  # one of each version registered
+    described = [
+        path.read_text() for path in files if path.name == "MLmodel"
+    ]  # one of each version registered
     assert not [text for text in described if "python_model:" in text]  # the key of a pickled one
     assert any("0.375" in text for text in described)
 
@@ -566,5 +568,5 @@ def test_a_network_of_the_users_own_is_served_without_its_folder(
         check=True,
     )
     answer = from_npy(alone.stdout, ndim=4)
-    assert answer.tobytes() == predict_array(load_model(path), volume, params=INFER)[1:].tobytes()
+    assert answer.tobytes() == predict_array(load_model(path), volume, params=INFER).tobytes()
     assert b"/code/synmlops/__init__.py" in alone.stderr

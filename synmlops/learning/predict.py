@@ -1,8 +1,9 @@
-"""A network over a whole volume: overlapping windows, blended, out as uint8 probabilities."""
+"""A network over a volume of any size: window by window, out as uint8 probabilities."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import product
+from math import lcm, prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from synmlops.learning.checkpoint import Model
-from synmlops.params import CHANNELS, SCALE, InferParams, Precision
+from synmlops.learning.views import views_of
+from synmlops.learning.windows import AxisWindows, windows_over
+from synmlops.params import CHANNELS, SCALE, InferParams, Precision, SynmlopsError
+from synmlops.volumes.prepared import Box
+
+SLAB_VOXELS = 2**24
+"""Voxels that `predict` computes at a time, if a layer of windows has no more."""
 
 
 class Image(Protocol):
@@ -25,8 +32,218 @@ class Image(Protocol):
         """Read a region."""
 
 
+class Predictor:
+    """Networks ready to predict any part of a region of a volume.
+
+    Each part comes out as it would if the whole region were predicted at once, but for what rounding another
+    order of windows in a batch may change: a grey level.
+
+    Parameters
+    ----------
+    models : sequence of Model
+        Of one voxel size, on one device; their probabilities are merged.
+    shape_zyx : tuple of int
+        Of the volume.
+    region : Box, optional
+        What is to be predicted; by default all of the volume.
+    params : InferParams
+    grey : tuple of float, optional
+        Mean and deviation of the volume's grey levels, instead of those that each model was trained on.
+
+    Raises
+    ------
+    SynmlopsError
+        If the models do not know the same channels.
+
+    Attributes
+    ----------
+    channels : tuple of str
+        What is predicted, in this order.
+    cell_zyx : tuple of int
+        Parts of whole cells, counted from the region's start, cost no window twice.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Model],
+        *,
+        shape_zyx: tuple[int, ...],
+        region: Box | None = None,
+        params: InferParams,
+        grey: tuple[float, float] | None = None,
+    ) -> None:
+        self.channels = _common_channels(models)
+        self.region = Box((0, 0, 0), _three(shape_zyx)) if region is None else region
+        self._models, self._params, self._grey = models, params, grey
+        self._shape = _three(shape_zyx)
+        self._device = next(models[0].network.parameters()).device
+        self._kept = [CHANNELS.index(name) for name in self.channels]
+        pools = [model.meta.network.total_pool_zyx() for model in models]
+        self._axes = windows_over(
+            self.region,
+            shape_zyx=self._shape,
+            pool_zyx=tuple(lcm(*pool) for pool in zip(*pools, strict=True)),
+            params=params,
+        )
+        self.cell_zyx = _three([axis.cell for axis in self._axes])
+        self._views = views_of(params.views)
+
+    def to_read(self, box: Box) -> Box:
+        """Give the part of the volume that the windows of a box see."""
+        starts, stops = [], []
+        for axis, low, high in zip(self._axes, box.start_zyx, box.stop_zyx, strict=True):
+            windows = axis.meeting(low, high)
+            starts.append(axis.first_voxel(windows[0]))
+            stops.append(min(axis.extent, axis.first_voxel(windows[-1]) + axis.size))
+        return Box(_three(starts), _three(stops))
+
+    def count(self, box: Box) -> int:
+        """Count the windows of a box."""
+        spans = zip(self._axes, box.start_zyx, box.stop_zyx, strict=True)
+        return prod(len(axis.meeting(low, high)) for axis, low, high in spans)
+
+    def __call__(
+        self,
+        image: NDArray[Any],
+        box: Box,
+        *,
+        mask: NDArray[np.bool_] | None = None,
+        progress: Callable[[int], None] = lambda windows: None,
+    ) -> NDArray[np.uint8]:
+        """Predict a box of the region.
+
+        Parameters
+        ----------
+        image : (z, y, x) array of uint8 or uint16
+            The voxels of `to_read(box)`.
+        box : Box
+        mask : array of bool of the box's shape, optional
+            Where probabilities are wanted; elsewhere they are 0, and windows without any are left out.
+        progress : callable
+            Called with a number of further windows that are done, in all those of `count`.
+
+        Returns
+        -------
+        probabilities : (c, z, y, x) array of uint8
+            Of `channels`, x 255, rounded. A cell of one grey level alone is no tissue: 0.
+        """
+        read = self.to_read(box)
+        if image.shape != read.shape_zyx:
+            raise ValueError(f"image {image.shape} must be of {read.shape_zyx}, the shape of {read}")
+        sheet = _Sheet(self._axes, box, read, image, mask, n_channels=len(self._kept), device=self._device)
+        windows = list(sheet.windows())
+        progress(self.count(box) - len(windows))
+        for first in range(0, len(windows), self._params.batch_size):
+            batch = windows[first : first + self._params.batch_size]
+            probabilities = self._probabilities(torch.stack([sheet.see(window) for window in batch]))
+            for window, probability in zip(batch, probabilities, strict=True):
+                sheet.add(window, probability)
+            progress(len(batch))
+        return sheet.finish()
+
+    @torch.inference_mode()
+    def _probabilities(self, windows: Tensor) -> Tensor:
+        """Merge what models and views say of (n, z, y, x) grey levels: (n, c, z, y, x)."""
+        merge, merged = _MERGE[self._params.merge], None
+        for model in self._models:
+            mean, std = self._grey or (model.meta.mean, model.meta.std)
+            normal = (windows.float() - mean) / std
+            for view in self._views:
+                with autocast(windows.device, self._params.precision):
+                    logits = model.network(view.turn(normal)[:, None])
+                seen = view.turn_back(logits[:, self._kept].float().sigmoid_())
+                merged = seen if merged is None else merge(merged, seen)
+        assert merged is not None
+        if self._params.merge == "mean" and (n := len(self._models) * len(self._views)) > 1:
+            merged = merged / n
+        return merged
+
+
+class _Sheet:
+    """The box that is being predicted: its windows, what they see, and what they have said so far."""
+
+    def __init__(
+        self,
+        axes: tuple[AxisWindows, AxisWindows, AxisWindows],
+        box: Box,
+        read: Box,
+        image: NDArray[Any],
+        mask: NDArray[np.bool_] | None,
+        *,
+        n_channels: int,
+        device: torch.device,
+    ) -> None:
+        self._axes, self._box, self._read, self._mask, self._device = axes, box, read, mask, device
+        self._image = image
+        self._on_device = _to_device(_padded(image, axes), device)
+        self._fades = any(axis.fade for axis in axes)
+        dtype = torch.float32 if self._fades else torch.uint8
+        self._sum = torch.zeros((n_channels, *box.shape_zyx), dtype=dtype, device=device)
+
+    def windows(self) -> Iterator[tuple[int, int, int]]:
+        """Give the windows with a say in the box, those of no tissue left out."""
+        z, y, x = (
+            axis.meeting(low, high)
+            for axis, low, high in zip(self._axes, self._box.start_zyx, self._box.stop_zyx, strict=True)
+        )
+        for window in product(z, y, x):
+            wanted = self._mask is None or self._mask[self._part(window)[0][1:]].any()
+            if wanted and not _is_blank(self._image[self._support(window)]):
+                yield window
+
+    def see(self, window: tuple[int, int, int]) -> Tensor:
+        """Cut what a window sees."""
+        starts = [
+            axis.first_voxel(i) - at
+            for axis, i, at in zip(self._axes, window, self._read.start_zyx, strict=True)
+        ]
+        z, y, x = (slice(at, at + axis.size) for at, axis in zip(starts, self._axes, strict=True))
+        return self._on_device[z, y, x]
+
+    def add(self, window: tuple[int, int, int], probability: Tensor) -> None:
+        """Take in what a window says of the voxels in which it has a say."""
+        here, there = self._part(window)
+        if not self._fades:
+            self._sum[here] = _grey_levels(probability[there])
+            return
+        said = probability[there]
+        for dim, (axis, i, part) in enumerate(zip(self._axes, window, here[1:], strict=True)):
+            low = axis.support(i)[0]
+            first = part.start + self._box.start_zyx[dim] - low
+            say = torch.from_numpy(axis.weights(i)[first : first + part.stop - part.start])
+            said = said * say.to(self._device).reshape([-1 if d == dim else 1 for d in range(3)])
+        self._sum[here] += said
+
+    def finish(self) -> NDArray[np.uint8]:
+        """Give the probabilities."""
+        levels = _grey_levels(self._sum) if self._fades else self._sum
+        out: NDArray[np.uint8] = levels.cpu().numpy()
+        if self._mask is not None:
+            out *= self._mask
+        return out
+
+    def _support(self, window: tuple[int, int, int]) -> tuple[slice, ...]:
+        """Where a window has a say, in what was read."""
+        spans = [axis.support(i) for axis, i in zip(self._axes, window, strict=True)]
+        return tuple(
+            slice(low - at, high - at) for (low, high), at in zip(spans, self._read.start_zyx, strict=True)
+        )
+
+    def _part(self, window: tuple[int, int, int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """Where the say of a window lies in the box, and where in the window; all channels."""
+        here, there = [slice(None)], [slice(None)]
+        for axis, i, low, high in zip(
+            self._axes, window, self._box.start_zyx, self._box.stop_zyx, strict=True
+        ):
+            start, stop = axis.support(i)
+            start, stop, first = max(start, low), min(stop, high), axis.first_voxel(i)
+            here.append(slice(start - low, stop - low))
+            there.append(slice(start - first, stop - first))
+        return tuple(here), tuple(there)
+
+
 def predict(
-    model: Model,
+    models: Model | Sequence[Model],
     image: Image,
     *,
     params: InferParams,
@@ -34,14 +251,9 @@ def predict(
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Predict a volume and give it out by slabs of sections.
 
-    Windows of `params.window_zyx` step by their size less the overlap, the last one tucked in at the border.
-    The blending weights fall towards a window's border and add up to one in every voxel. Memory holds one
-    window's height of sections, whatever the volume's depth.
-
     Parameters
     ----------
-    model : Model
-        Network, intensity statistics and device.
+    models : Model or sequence of Model
     image : array-like, (z, y, x) uint8 or uint16
         Read by slabs of sections. A side shorter than a window is padded by repeating its edge.
     params : InferParams
@@ -50,42 +262,33 @@ def predict(
 
     Yields
     ------
-    z, slab : int, (3, n, y, x) uint8 array
-        First section and probabilities x 255, rounded; the slabs follow each other without gap or overlap.
+    z, slab : int, (c, n, y, x) uint8 array
+        First section and probabilities x 255, rounded, of the channels that the models know; the slabs follow
+        each other without gap or overlap.
     """
-    pool = model.meta.network.total_pool_zyx()
-    depth, *plane = image.shape
-    window = tuple(
-        min(w, math.ceil(n / p) * p) for w, n, p in zip(params.window_zyx, image.shape, pool, strict=True)
-    )
-    padded = tuple(max(w, n) for w, n in zip(window, image.shape, strict=True))
-    starts = [_starts(n, w, params.overlap) for n, w in zip(padded, window, strict=True)]
-    device = next(model.network.parameters()).device
-    blend = [_blend(s, w, n, device) for s, w, n in zip(starts, window, padded, strict=True)]
-    corners = [(iy, ix) for iy in range(len(starts[1])) for ix in range(len(starts[2]))]
-    total = len(starts[0]) * len(corners)
-    ahead = torch.zeros((len(CHANNELS), window[0], padded[1], padded[2]), device=device)
-    for iz, z0 in enumerate(starts[0]):
-        slab = _read_padded(image, z0, window[0], padded[1:], device)
-        slab = (slab - model.meta.mean) / model.meta.std
-        for first in range(0, len(corners), params.batch_size):
-            batch = corners[first : first + params.batch_size]
-            views = [_window_slices(starts, window, iy, ix) for iy, ix in batch]
-            logits = _forward(model, torch.stack([slab[:, y, x] for y, x in views]), params.precision)
-            for (iy, ix), (y, x), probability in zip(batch, views, torch.sigmoid(logits), strict=True):
-                weight = blend[0][iz][:, None, None] * blend[1][iy][:, None] * blend[2][ix]
-                ahead[:, :, y, x] += probability * weight
-            progress(iz * len(corners) + first + len(batch), total)
-        following = starts[0][iz + 1] if iz + 1 < len(starts[0]) else z0 + window[0]
-        done = min(following, depth) - z0
-        yield z0, _to_uint8(ahead[:, :done, : plane[0], : plane[1]])
-        ahead = torch.cat([ahead[:, following - z0 :], torch.zeros_like(ahead[:, : following - z0])], dim=1)
+    models = [models] if isinstance(models, Model) else models
+    predictor = Predictor(models, shape_zyx=image.shape, params=params)
+    depth, height, width = _three(image.shape)
+    layer = predictor.cell_zyx[0]
+    step = max(1, SLAB_VOXELS // (layer * height * width)) * layer
+    boxes = [Box((z, 0, 0), (min(z + step, depth), height, width)) for z in range(0, depth, step)]
+    done, total = 0, sum(map(predictor.count, boxes))
+
+    def further(windows: int) -> None:
+        nonlocal done
+        done += windows
+        progress(done, total)
+
+    for box in boxes:
+        voxels = np.asarray(image[predictor.to_read(box).slices])
+        yield box.start_zyx[0], predictor(voxels, box, progress=further)
 
 
-def predict_array(model: Model, image: NDArray[Any], *, params: InferParams) -> NDArray[np.uint8]:
-    """Predict a volume that fits in memory: (z, y, x) in, (3, z, y, x) uint8 out."""
-    slabs = predict(model, image, params=params)
-    return np.concatenate([slab for _, slab in slabs], axis=1)
+def predict_array(
+    models: Model | Sequence[Model], image: NDArray[Any], *, params: InferParams
+) -> NDArray[np.uint8]:
+    """Predict a volume that fits in memory: (z, y, x) in, (c, z, y, x) uint8 out."""
+    return np.concatenate([slab for _, slab in predict(models, image, params=params)], axis=1)
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
@@ -101,49 +304,46 @@ def has_native_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-@torch.inference_mode()
-def _forward(model: Model, windows: Tensor, precision: Precision) -> Tensor:
-    with autocast(windows.device, precision):
-        logits: Tensor = model.network(windows[:, None])
-    return logits.float()
+_MERGE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": torch.add,
+    "min": torch.minimum,
+    "max": torch.maximum,
+}
 
 
-def _starts(n: int, window: int, overlap: float) -> list[int]:
-    """First voxel of each window along an axis; the last window ends at the border.
-
-    Examples
-    --------
-    >>> _starts(20, 8, 0.25), _starts(8, 8, 0.25)
-    ([0, 6, 12], [0])
-    """
-    stride = max(1, round(window * (1 - overlap)))
-    inner = list(range(0, n - window, stride))
-    return [*inner, n - window]
+def _common_channels(models: Sequence[Model]) -> tuple[str, ...]:
+    channels = models[0].meta.channels
+    for model in models[1:]:
+        if model.meta.channels != channels:
+            raise SynmlopsError(
+                f"the models know different channels, {', '.join(channels)} and "
+                f"{', '.join(model.meta.channels)}; merge models that were trained on labels of one kind"
+            )
+    return channels
 
 
-def _blend(starts: list[int], window: int, n: int, device: torch.device) -> list[Tensor]:
-    """Weights of each window along an axis; over all windows they add up to 1 in every voxel."""
-    rise = torch.arange(1, window + 1, dtype=torch.float32, device=device)
-    tent = torch.minimum(rise, rise.flip(0)) ** 2  # a window's border sees least context, so it counts least
-    total = torch.zeros(n, device=device)
-    for start in starts:
-        total[start : start + window] += tent
-    return [tent / total[start : start + window] for start in starts]
+def _is_blank(voxels: NDArray[Any]) -> bool:
+    """Whether there is one grey level alone; looks at few voxels where there is tissue."""
+    first = voxels.flat[0]
+    return bool((voxels[:1] == first).all() and (voxels == first).all())
 
 
-def _window_slices(starts: list[list[int]], window: tuple[int, ...], iy: int, ix: int) -> tuple[slice, slice]:
-    y, x = starts[1][iy], starts[2][ix]
-    return slice(y, y + window[1]), slice(x, x + window[2])
+def _padded(image: NDArray[Any], axes: Sequence[AxisWindows]) -> NDArray[Any]:
+    """Repeat the far edges of an image that is shorter than a window."""
+    missing = [max(0, axis.size - n) for axis, n in zip(axes, image.shape, strict=True)]
+    return np.pad(image, [(0, n) for n in missing], mode="edge") if any(missing) else image
 
 
-def _read_padded(image: Image, z0: int, n: int, plane: tuple[int, ...], device: torch.device) -> Tensor:
-    """Read sections z0 to z0 + n as float, repeating the border where the volume ends."""
-    block = np.asarray(image[z0 : min(z0 + n, image.shape[0])])
-    missing = [size - have for size, have in zip((n, *plane), block.shape, strict=True)]
-    if any(missing):
-        block = np.pad(block, [(0, more) for more in missing], mode="edge")
-    return torch.from_numpy(np.array(block)).to(device).float()
+def _to_device(image: NDArray[Any], device: torch.device) -> Tensor:
+    """Take raw voxels to the device; on a CPU they are not copied."""
+    voxels = torch.from_numpy(np.require(image, requirements=["C", "W"]))
+    return voxels.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else voxels
 
 
-def _to_uint8(probability: Tensor) -> NDArray[np.uint8]:
-    return (probability * SCALE).round().clamp(0, SCALE).to(torch.uint8).cpu().numpy()
+def _grey_levels(probability: Tensor) -> Tensor:
+    return (probability * SCALE).round_().clamp_(0, SCALE).to(torch.uint8)
+
+
+def _three(values: Sequence[int]) -> tuple[int, int, int]:
+    z, y, x = values
+    return z, y, x

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from synmlops.learning.checkpoint import Model, load_model
 from synmlops.learning.predict import predict
-from synmlops.params import CHANNELS, SCALE, InferParams
+from synmlops.params import SCALE, InferParams
 from synmlops.serving.wire import from_npy, to_npy
 
 WEIGHTS, SETTINGS = "weights", "settings"
@@ -82,7 +82,6 @@ class SynapseModel(PythonModel):
 
     def _answer(self, image: NDArray[Any], clock: "_Clock") -> dict[str, Any]:
         meta = self._model.meta
-        known = [CHANNELS.index(name) for name in meta.channels]
         slabs = predict(
             self._model,
             image,
@@ -90,7 +89,7 @@ class SynapseModel(PythonModel):
             progress=clock.progress_of(image),
         )
         try:
-            probabilities = np.concatenate([slab[known] for _, slab in slabs], axis=1)
+            probabilities = np.concatenate([slab for _, slab in slabs], axis=1)
         except torch.OutOfMemoryError as error:
             raise _refusal(
                 f"{_size(image)} voxels do not fit the GPU's memory; send a smaller one"

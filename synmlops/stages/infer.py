@@ -1,28 +1,58 @@
-"""The infer stage: probabilities of the validation and test regions, or of any volume with any model."""
+"""The infer stage: probabilities of the validation and test regions, or of any volume with any models."""
 
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from synmlops.layout import RUN_FILE, model_file, probabilities_file
-from synmlops.learning.checkpoint import Model, load_model
-from synmlops.learning.distributed import pick_device
-from synmlops.learning.predict import Image, predict
-from synmlops.params import CHANNELS, InferParams, Params, SynmlopsError, sections
-from synmlops.progress import say, track
+from synmlops.learning.block_prediction import Source
+from synmlops.learning.checkpoint import read_meta, save_model
+from synmlops.learning.volume_prediction import Engine, predict_volume
+from synmlops.params import IncompleteError, InferParams, Params, SynmlopsError, sections
+from synmlops.progress import say
 from synmlops.tracking.record import RunRecord
 from synmlops.tracking.runs import StageRun
 from synmlops.volumes.files import atomic_folder, sha256_of
 from synmlops.volumes.labels import IMAGE_DTYPES, check_image
-from synmlops.volumes.prepared import Box, PreparedVolume, Region, read_manifest
-from synmlops.volumes.probabilities import probabilities_writer
-from synmlops.volumes.store import Grid, open_volume, split_joined
+from synmlops.volumes.prepared import Box, read_manifest
+from synmlops.volumes.resampled import Resampled, resampled_grid
+from synmlops.volumes.store import Grid, Volume, open_volume, split_joined
 
 VALIDATED_ROLES = ("validation", "test")
+SAME_VOXELS = 0.1
+"""Voxel sizes that differ by less than this share are taken for the same."""
 
 
-def run(params: Params, *, prepared: Path, models: Path, out: Path, gpus: int | None = None) -> RunRecord:
+@dataclass(frozen=True)
+class View:
+    """How a volume is looked at: what of it, and at which voxel size.
+
+    Attributes
+    ----------
+    voxel_nm : tuple of float, optional
+        Voxel size of all volumes; by default what each file says.
+    roi : Box, optional
+        What of it is predicted, in its own voxels.
+    mask : str, optional
+        A volume, non-zero where probabilities are wanted.
+    resample : bool
+        Whether a volume of another voxel size than the model's is resampled to that on the fly.
+    """
+
+    voxel_nm: tuple[float, float, float] | None = None
+    roi: Box | None = None
+    mask: str | None = None
+    resample: bool = False
+
+
+def run(
+    params: Params, *, prepared: Path, models: Path, out: Path, engine: Engine | None = None
+) -> RunRecord:
     """Predict the validation and test regions of every fold into OUT.
 
     Parameters
@@ -32,8 +62,8 @@ def run(params: Params, *, prepared: Path, models: Path, out: Path, gpus: int | 
         What prepare and train wrote.
     out : Path
         Folder that appears when all is done: `FOLD/ROLE/REGION.h5` and `run.json`.
-    gpus : int, optional
-        0 computes on the CPU. By default a GPU is used where there is one.
+    engine : Engine, optional
+        By default a process for each GPU, or this process.
 
     Returns
     -------
@@ -41,28 +71,27 @@ def run(params: Params, *, prepared: Path, models: Path, out: Path, gpus: int | 
         The run that was written into.
     """
     manifest, trained = read_manifest(prepared), RunRecord.read(models / RUN_FILE)
-    device = pick_device(gpus)
     files = [model_file(fold.name) for fold in manifest.folds]
     digests = {name: sha256_of(models / name) for name in files}
     with (
         StageRun.attach("infer", params=sections(params, "infer"), record=trained, data=digests) as run,
         atomic_folder(out) as folder,
     ):
-        voxels = 0
+        voxels, began = 0, time.monotonic()
         for fold in manifest.folds:
-            model = load_model(models / model_file(fold.name), device=device)
             for role in VALIDATED_ROLES:
                 for region in getattr(fold, role):
                     volume = manifest.volumes[region.volume]
-                    predict_region(
-                        model,
-                        volume,
-                        region,
+                    predict_volume(
+                        Source(f"{volume.path}::image", region.box, volume.grid),
+                        [models / model_file(fold.name)],
                         folder / probabilities_file(fold.name, role, region.name),
                         params=params.infer,
+                        engine=engine or Engine(),
                     )
                     voxels += int(np.prod(region.box.shape_zyx))
-        run.log_metrics({"infer_voxels": float(voxels)}, step=0)
+        rate = voxels / 1e6 / (time.monotonic() - began)
+        run.log_metrics({"infer_voxels": float(voxels), "infer_megavoxels_per_s": rate}, step=0)
         run.record.write(folder / RUN_FILE)
     say(run.notes)
     return run.record
@@ -71,124 +100,173 @@ def run(params: Params, *, prepared: Path, models: Path, out: Path, gpus: int | 
 def run_on_images(
     images: str,
     *,
-    model: str,
+    models: Sequence[str],
     out: Path,
     params: InferParams,
-    gpus: int | None = None,
-    voxel_nm: tuple[float, float, float] | None = None,
+    engine: Engine | None = None,
+    view: View | None = None,
+    suffix: str | None = None,
 ) -> list[Path]:
-    """Predict any volumes with a model: OUT/STEM.h5 for each, a file of probabilities.
+    """Predict any volumes with one model or several: OUT/NAME.h5 or .zarr for each.
 
     Parameters
     ----------
     images : str
         Volumes, joined with `@`.
-    model : str
-        A file of train, or `models:/NAME@ALIAS` of the registry.
+    models : sequence of str
+        Files of train or `models:/NAME@ALIAS` of the registry; their probabilities are merged.
     out : Path
     params : InferParams
-    gpus : int, optional
-    voxel_nm : tuple of float, optional
-        Voxel size of all volumes; by default what each file says.
+    engine : Engine, optional
+        By default a process for each GPU, or this process.
+    view : View, optional
+    suffix : str, optional
+        `.h5` or `.zarr`; by default HDF5, or Zarr where several machines write.
+
+    Returns
+    -------
+    written : list of Path
+        The outputs that are whole now; one that waits for the other parts is not among them.
 
     Raises
     ------
     SynmlopsError
-        If a volume cannot be read, its voxel size is unknown or not that of the model, or two volumes would
-        be written to one file.
+        If a volume cannot be read, its voxel size is unknown or not that of the model, two volumes would be
+        written to one file, or an output is of something else.
+    IncompleteError
+        If blocks of a volume could not be read; all else is done.
     """
+    engine, view = engine or Engine(), view or View()
     sources = split_joined(images)
-    stems = [Path(source.partition("::")[0]).stem for source in sources]
-    if len(set(stems)) < len(stems):
+    suffix = suffix or (".zarr" if engine.shared else ".h5")
+    if engine.shared and suffix == ".h5":
+        raise SynmlopsError("--format h5: several machines cannot write one HDF5 file; use --format zarr")
+    outputs = [out / (_stem(source) + suffix) for source in sources]
+    if len(set(outputs)) < len(outputs):
         raise SynmlopsError(
             f"--image {images}: two volumes of one name would be written to one file; rename one"
         )
-    loaded = _load(model, pick_device(gpus))
-    written = []
-    for source, stem in zip(sources, stems, strict=True):
-        with open_volume(source) as image:
-            if image.dtype.name not in IMAGE_DTYPES:  # which is read through only to say what is wrong
-                check_image(image)
-            grid = _known_grid(image.grid, image.name, voxel_nm, loaded)
-            write_probabilities(loaded, image, out / f"{stem}.h5", grid=grid, params=params)
-            written.append(out / f"{stem}.h5")
+    written, problems = [], []
+    with ExitStack() as stack:
+        files = [_local(model, stack) for model in models]
+        model_nm = read_meta(files[0]).voxel_nm
+        seen = [_source(image, view, model_nm=model_nm) for image in sources]
+        for source, output in zip(seen, outputs, strict=True):
+            try:
+                if predict_volume(source, files, output, params=params, engine=engine):
+                    written.append(output)
+            except IncompleteError as error:
+                problems.append(str(error))
+    if problems:
+        raise IncompleteError("\n".join(problems))
     return written
 
 
-def _load(model: str, device: Any) -> Model:
+def parse_roi(text: str) -> Box:
+    """Read `z0:z1,y0:y1,x0:x1`.
+
+    Raises
+    ------
+    SynmlopsError
+        If it is anything else, or empty.
+
+    Examples
+    --------
+    >>> parse_roi("0:16,100:356,0:256")
+    Box(start_zyx=(0, 100, 0), stop_zyx=(16, 356, 256))
+    """
+    try:
+        (z0, z1), (y0, y1), (x0, x1) = (map(int, part.split(":")) for part in text.split(","))
+    except ValueError as error:
+        raise SynmlopsError(
+            f"--roi {text}: give voxels as z0:z1,y0:y1,x0:x1, such as 0:16,0:256,0:256"
+        ) from error
+    box = Box((z0, y0, x0), (z1, y1, x1))
+    if min(box.start_zyx) < 0 or min(box.shape_zyx) < 1:
+        raise SynmlopsError(f"--roi {text}: holds no voxel; each end lies after its start")
+    return box
+
+
+def _local(model: str, stack: ExitStack) -> Path:
+    """Give a file of a model; one of the registry becomes a temporary one."""
     if not model.startswith("models:/"):
-        return load_model(Path(model), device=device)
+        return Path(model)
     from synmlops.serving.registry import load_registered  # MLflow is slow to import and rarely needed here
 
-    return load_registered(model, device=device)
+    loaded = load_registered(model, device="cpu")
+    path = Path(stack.enter_context(TemporaryDirectory())) / "model.safetensors"
+    save_model(path, loaded.network.state_dict(), loaded.meta)
+    return path
 
 
-def predict_region(
-    model: Model,
-    volume: PreparedVolume,
-    region: Region,
-    path: Path,
-    *,
-    params: InferParams,
-) -> None:
-    """Predict a region with the context that the volume has around it, and write the region alone."""
-    reach = tuple(n // 2 for n in model.meta.network.receptive_field_zyx())
-    context = _grown(region.box, reach, volume.shape_zyx)
-    inner = region.box.moved(-start for start in context.start_zyx).slices
-    write_probabilities(
-        model,
-        volume.image[context.slices],
-        path,
-        grid=volume.grid.cropped(region.box.start_zyx),
-        params=params,
-        inner=inner,
+def _stem(source: str) -> str:
+    """Name the output of a volume.
+
+    Examples
+    --------
+    >>> _stem("a/b.h5::raw"), _stem("https://host/data/em.zarr/0"), _stem("precomputed://gs://bucket/em/")
+    ('b', 'em', 'em')
+    """
+    parts = [part for part in source.partition("::")[0].split("/") if part]
+    named = [part for part in parts if Path(part).suffix in (".zarr", ".n5")]
+    return Path((named or parts)[-1]).stem
+
+
+def _source(image: str, view: View, *, model_nm: tuple[float, float, float]) -> Source:
+    """Settle what of a volume is seen, and at which voxels."""
+    with open_volume(image) as volume:
+        if volume.dtype.name not in IMAGE_DTYPES:  # which is read through only to say what is wrong
+            check_image(volume)
+        grid = _known_grid(volume, view.voxel_nm)
+        factors = _factors(volume.name, grid, model_nm, resample=view.resample)
+        roi = view.roi or Box((0, 0, 0), _three(volume.shape))
+        if any(stop > n for stop, n in zip(roi.stop_zyx, volume.shape, strict=True)):
+            raise SynmlopsError(
+                f"--roi ends at {roi.stop_zyx}, beyond {volume.name} of {volume.shape} voxels"
+            )
+        shape = Resampled(volume, factors).shape
+    starts = [int(at / factor) for at, factor in zip(roi.start_zyx, factors, strict=True)]
+    stops = [
+        min(n, max(start + 1, round(at / factor)))
+        for start, at, factor, n in zip(starts, roi.stop_zyx, factors, shape, strict=True)
+    ]
+    return Source(
+        _absolute(image),
+        Box(_three(starts), _three(stops)),
+        resampled_grid(grid, factors),
+        factors,
+        view.mask and _absolute(view.mask),
     )
 
 
-def write_probabilities(
-    model: Model,
-    image: Image,
-    path: Path,
-    *,
-    grid: Grid,
-    params: InferParams,
-    inner: tuple[slice, slice, slice] | None = None,
-) -> None:
-    """Predict an image slab by slab into a file of probabilities.
-
-    Only the channels that the model was trained on are written. Where `inner` is given, that region alone.
-    """
-    z_span, y_span, x_span = inner or tuple(slice(0, n) for n in image.shape)
-    shape = (z_span.stop - z_span.start, y_span.stop - y_span.start, x_span.stop - x_span.start)
-    kept = [CHANNELS.index(name) for name in model.meta.channels]
-    with (
-        probabilities_writer(path, shape, channels=model.meta.channels, grid=grid) as out,
-        track(f"infer {path.stem}", image.shape[0]) as report,
-    ):
-        for z, slab in predict(model, image, params=params):
-            low, high = max(z, z_span.start), min(z + slab.shape[1], z_span.stop)
-            if low < high:
-                piece = slab[kept, low - z : high - z, y_span, x_span]
-                out[:, low - z_span.start : high - z_span.start] = piece
-            report(min(z + slab.shape[1], image.shape[0]), "sections")
-
-
-def _grown(box: Box, reach: tuple[int, ...], shape: tuple[int, int, int]) -> Box:
-    starts = [max(0, start - r) for start, r in zip(box.start_zyx, reach, strict=True)]
-    stops = [min(n, stop + r) for stop, r, n in zip(box.stop_zyx, reach, shape, strict=True)]
-    return Box((starts[0], starts[1], starts[2]), (stops[0], stops[1], stops[2]))
-
-
-def _known_grid(
-    grid: Grid | None, name: str, voxel_nm: tuple[float, float, float] | None, model: Model
-) -> Grid:
-    if voxel_nm is not None:
-        grid = Grid(voxel_nm, grid.offset_nm if grid is not None else (0.0, 0.0, 0.0))
-    if grid is None:
-        raise SynmlopsError(f"{name}: does not say its voxel size; give --voxel-nm z,y,x")
-    if not np.allclose(grid.voxel_nm, model.meta.voxel_nm, rtol=0.1):
+def _factors(
+    name: str, grid: Grid, model_nm: tuple[float, float, float], *, resample: bool
+) -> tuple[float, float, float]:
+    """Give the voxel size that the model wants in voxels of the file."""
+    z, y, x = (wanted / has for wanted, has in zip(model_nm, grid.voxel_nm, strict=True))
+    if all(abs(factor - 1) <= SAME_VOXELS for factor in (z, y, x)):
+        return 1.0, 1.0, 1.0
+    if not resample:
         raise SynmlopsError(
-            f"{name}: voxels of {grid.voxel_nm} nm, but the model was trained on {model.meta.voxel_nm}; "
-            "resample the image, or use a model for this voxel size"
+            f"{name}: voxels of {grid.voxel_nm} nm, but the model was trained on {model_nm}; add --resample, "
+            "or use a model for this voxel size"
         )
-    return grid
+    return z, y, x
+
+
+def _absolute(source: str) -> str:
+    """Give a source as processes that start elsewhere find it."""
+    return source if "://" in source else str(Path(source).absolute())
+
+
+def _three(values: Sequence[int]) -> tuple[int, int, int]:
+    z, y, x = values
+    return z, y, x
+
+
+def _known_grid(volume: Volume, voxel_nm: tuple[float, float, float] | None) -> Grid:
+    if voxel_nm is not None:
+        return Grid(voxel_nm, volume.grid.offset_nm if volume.grid is not None else (0.0, 0.0, 0.0))
+    if volume.grid is None:
+        raise SynmlopsError(f"{volume.name}: does not say its voxel size; give --voxel-nm z,y,x")
+    return volume.grid

@@ -20,7 +20,7 @@ from synmlops.learning.predict import predict
 from synmlops.learning.resume import KEY_FILE, Facts, adopt, digest_of, facts_of
 from synmlops.learning.sampling import LabelledRegion, train_regions
 from synmlops.learning.states import States
-from synmlops.params import CHANNELS, InferParams, Params, SynmlopsError, sections
+from synmlops.params import CHANNELS, InferParams, Params, SynmlopsError, WindowParams, sections
 from synmlops.progress import Report, say, track
 from synmlops.synapses.voxels import Histogram, add_by_key, voxel_histograms
 from synmlops.tracking.lineage import project_root
@@ -275,22 +275,26 @@ def _fit_fold(
         meta=meta,
         ranks=ranks,
         states=training.states / fold.name,
-        validate=partial(_validation_f1, truths=truths, params=params.train.validation) if truths else None,
+        validate=partial(_validation_f1, truths=truths, windows=params.train.validation) if truths else None,
         observer=observer,
         origin={"facts": training.facts, "fold": fold.name, "run": run_key},
     )
     return fitted, meta
 
 
-def _validation_f1(model: Model, *, truths: Sequence[LabelledRegion], params: InferParams) -> float:
+def _validation_f1(model: Model, *, truths: Sequence[LabelledRegion], windows: WindowParams) -> float:
     """Give the mean over the known channels of voxel F1 at its best threshold, over all regions together."""
     histograms: dict[str, Histogram] = {}
+    params = InferParams(**windows.model_dump())
     for truth in truths:
         sides = truth.volume.sides[truth.box.slices]
         slabs = predict(model, truth.volume.image[truth.box.slices], params=params)
         for z, slab in slabs:
             found = voxel_histograms(
-                slab, sides[z : z + slab.shape[1]], names=CHANNELS, known=truth.volume.channels
+                slab,
+                sides[z : z + slab.shape[1]],
+                names=model.meta.channels,
+                known=truth.volume.channels,
             )
             histograms = add_by_key(histograms, found)
     scored = [histograms[name] for name in model.meta.channels if name in histograms]
