@@ -7,6 +7,7 @@ place in the batch it lands in, and whoever reads voxels knows beforehand how la
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from synmlops.learning.augment import resample
@@ -175,9 +176,13 @@ def _read(
     if not geometry.is_sampled:
         image, sides = geometry.move(image), geometry.move(sides)
     looked_up = curve.looks_up(image)  # before values are sampled, while there are 256
-    value = curve.look_up(image, mean=mean, std=std) if looked_up else resample.floats(image)
+    value = curve.look_up(image, mean=mean, std=std) if looked_up else _floats(image)
     if geometry.is_sampled:
         value, sides = geometry.sample(value, sides)
     if not looked_up:
         curve.apply(value, mean=mean, std=std)
     return value, sides
+
+
+def _floats(image: Tensor) -> Tensor:
+    return image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

@@ -49,8 +49,7 @@ def read(
     is_bent = image.dtype == torch.uint8  # whatever the curve, 256 values are the fewest to compute
     tables = curve.tables(mean=mean, std=std, device=image.device) if is_bent else None
     if geometry.is_sampled:
-        box = _box(geometry, image, tables)
-        value, sides = _sample(geometry, box, sides)
+        value, sides = _sample(geometry, image, tables, sides)
     else:
         value = _move(geometry, image, tables)
         sides = geometry.move(geometry.orientation.apply(sides))
@@ -61,41 +60,42 @@ def _functions() -> Compiled:
     return compiled(Path(__file__).with_name("resample.cpp"), "-ffp-contract=off")
 
 
-def _box(geometry: Geometry, image: Tensor, tables: Tensor | None) -> Tensor:
-    """Give the whole box in the patch's axes, dense float32."""
-    if tables is None:
-        return floats(geometry.orientation.apply(image))
-    box = torch.empty(geometry.box_zyx)
-    view = _view(geometry.orientation, image, geometry.box_zyx)
-    _functions().call("look_up", image, view, tables, len(tables), box)
-    return box
-
-
 def _move(geometry: Geometry, image: Tensor, tables: Tensor | None) -> Tensor:
     """Cut the runs of a box that is only shifted."""
-    if tables is None:
-        return floats(geometry.move(geometry.orientation.apply(image)))
     value = torch.empty(geometry.patch_zyx)
     for first, stop, slipped in geometry.runs():
-        start_yx = geometry.start_of(slipped)
-        view = _view(geometry.orientation, image, value[first:stop].shape, (first, *start_yx))
-        own = tables[first:stop] if len(tables) > 1 else tables
-        _functions().call("look_up", image, view, own, len(tables), value[first:stop])
+        run = slice(first, stop)
+        view = _view(geometry.orientation, image, value[run].shape, (first, *geometry.start_of(slipped)))
+        _functions().call("turn", image, image.element_size(), view, *_of_run(tables, run), value[run])
     return value
 
 
-def _sample(geometry: Geometry, box: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+def _sample(geometry: Geometry, image: Tensor, tables: Tensor | None, sides: Tensor) -> tuple[Tensor, Tensor]:
+    """Interpolate the runs of a box."""
     n, height, width = geometry.patch_zyx
+    _, *box_yx = geometry.box_zyx
+    assert min(box_yx) > 1  # as `ROUNDING` leaves it: four voxels lie around every place
     value, labels = torch.empty(n, height, width), torch.empty((n, height, width), dtype=sides.dtype)
-    assert min(box.shape[1:]) > 1  # as `ROUNDING` leaves it: four voxels lie around every place
-    moves = geometry.displacement(box.device)
+    moves = geometry.displacement(image.device)
     for first, stop, slipped in geometry.runs():
         run = slice(first, stop)
-        view = _view(geometry.orientation, sides, box[run].shape, (first, 0, 0))
-        by = torch.tensor(geometry.rows_of(slipped))
-        own = (view, sides.element_size(), moves, by, height, width, value[run], labels[run])
-        _functions().call("sample", box[run], sides, *own)
+        views = [
+            _view(geometry.orientation, of, (stop - first, *box_yx), (first, 0, 0)) for of in (image, sides)
+        ]
+        _functions().call(
+            "sample",
+            *(image, image.element_size(), views[0], *_of_run(tables, run)),
+            *(sides, sides.element_size(), views[1]),
+            *(moves, torch.tensor(geometry.rows_of(slipped)), height, width),
+            *(value[run], labels[run]),
+        )
     return value, labels
+
+
+def _of_run(tables: Tensor | None, run: slice) -> tuple[Tensor | None, int]:
+    if tables is None:
+        return None, 0
+    return (tables[run] if len(tables) > 1 else tables), len(tables)
 
 
 def _view(
@@ -115,8 +115,3 @@ def _view(
         origin += start * step
         steps.append(step)
     return torch.tensor([origin, *steps, *shape_zyx])
-
-
-def floats(image: Tensor) -> Tensor:
-    """Copy to dense float32."""
-    return image.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
