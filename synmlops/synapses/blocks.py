@@ -23,7 +23,7 @@ from synmlops.synapses.foreground import (
     first_corners,
 )
 from synmlops.synapses.pieces import Pieces, group, located, nearest
-from synmlops.synapses.sparse import Indices, components, first_places
+from synmlops.synapses.sparse import Indices, components, first_places, places
 from synmlops.synapses.spool import Spool
 
 Places = tuple[Indices, Indices, Indices]
@@ -108,8 +108,7 @@ def label_block(task: Task, block: Block, probabilities: Source) -> Summary:
             "copy or make them again"
         )
     found = find_foreground(planes, task.levels)
-    near = _near_faces(_within(task, block, found.flat), task, block)
-    found, near = _possible_sites(found, near, task)
+    found, near = _possible_sites(found, _near_faces(found.flat, task, block), task)
     part = _parts(found, block)
     if len(found.flat):
         task.spool.put(
@@ -193,7 +192,7 @@ def decode_block(task: Task, block: Block, given: Given, neurons: Source | None)
     ids = 2 * site - (side == PRE)
     if not len(flat):
         return Decoded(flat, ids, None, None)
-    index = _within(task, block, flat, origin=block.write.start_zyx)
+    index = _within(block, flat, origin=block.write.start_zyx)
     if neurons is not None:
         name = neurons_at(neurons, index)
     else:
@@ -223,7 +222,7 @@ def nearest_in_block(
     laid_aside = task.spool.get("spanning", block.index)
     assert laid_aside is not None  # the block is asked since it has such pieces
     flat, number = laid_aside
-    index = _within(task, block, flat, origin=block.write.start_zyx)
+    index = _within(block, flat, origin=block.write.start_zyx)
     distance, chosen = nearest(index, number, centroid, task.voxel_nm)
     return distance, np.stack([at[chosen] for at in index], axis=1)
 
@@ -237,29 +236,26 @@ def neurons_at(neurons: Source, index: Places) -> NDArray[np.uint64]:
     return ids
 
 
-def _within(task: Task, block: Block, flat: Indices, *, origin: tuple[int, int, int] = (0, 0, 0)) -> Places:
+def _within(block: Block, flat: Indices, *, origin: tuple[int, int, int] = (0, 0, 0)) -> Places:
     """Give z, y and x of places in a flattened block, counted from `origin`, which is the block's start."""
-    z, y, x = np.unravel_index(flat, block.write.shape_zyx)
+    z, y, x = places(flat, block.write.shape_zyx)
     return z + origin[0], y + origin[1], x + origin[2]
 
 
 def _places_in_region(flat: Indices, task: Task, block: Block) -> Indices:
     """Give places in the flattened region for those in the flattened block."""
     region = task.blocks.region
-    z, y, x = (
-        at + start - begin
-        for at, start, begin in zip(
-            _within(task, block, flat), block.write.start_zyx, region.start_zyx, strict=True
-        )
-    )
+    if block.write == region:
+        return flat
+    z, y, x = _within(block, flat, origin=block.write.moved(-at for at in region.start_zyx).start_zyx)
     _, height, width = region.shape_zyx
-    place: Indices = (z * height + y) * width + x
-    return place
+    return (z * height + y) * width + x
 
 
-def _near_faces(index: Places, task: Task, block: Block) -> NDArray[np.bool_]:
+def _near_faces(flat: Indices, task: Task, block: Block) -> NDArray[np.bool_]:
     """Tell which voxels may touch one of another block."""
-    near = np.zeros(len(index[0]), bool)
+    near = np.zeros(len(flat), bool)
+    index = _within(block, flat)
     reach = task.levels.reach
     for axis, margin in enumerate((1, reach, reach)):
         at, size = index[axis], block.write.shape_zyx[axis]
@@ -318,6 +314,9 @@ def _links(label: Indices, owner: Indices, number: Indices) -> Indices:
     if not len(label):
         return np.empty((0, 4), np.int64)
     first = first_places(np.arange(len(label)), label)[label]
-    pairs = np.stack([owner, number, owner[first], number[first]], axis=1)
-    different = (pairs[:, 0] != pairs[:, 2]) | (pairs[:, 1] != pairs[:, 3])
-    return np.unique(pairs[different], axis=0)
+    different = (owner != owner[first]) | (number != number[first])
+    # most voxels repeat the pair of the one before; what is left is cheap to sort
+    pairs = np.stack([owner, number, owner[first], number[first]], axis=1)[different]
+    repeated = np.zeros(len(pairs), bool)
+    repeated[1:] = (pairs[1:] == pairs[:-1]).all(axis=1)
+    return np.unique(pairs[~repeated], axis=0)

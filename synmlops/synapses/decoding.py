@@ -35,6 +35,7 @@ from synmlops.synapses.instances import id_type, level_of
 from synmlops.synapses.joining import Sites, settle
 from synmlops.synapses.partners import rows_of
 from synmlops.synapses.pieces import Pieces, joined, merge
+from synmlops.synapses.sparse import places
 from synmlops.synapses.spool import Spool
 from synmlops.volumes.files import plain_write_errors
 from synmlops.volumes.store import Grid
@@ -242,7 +243,7 @@ def _write(
     for (block, *_), decoded in zip(jobs, hands.map(_decode_one, jobs, task, kind), strict=True):
         counted(decoded)
         if not isinstance(target, SharedTarget):
-            target[block.write.slices] = _painted(block, decoded, kind)
+            _put(target, block, decoded, kind)
         whole += [] if decoded.whole is None else [decoded.whole]
         shares += [] if decoded.shares is None or not len(decoded.shares) else [(block, decoded.shares)]
     if shares:
@@ -266,6 +267,13 @@ def _meet(hands: Crew, task: Task, shares: list[tuple[Block, Pieces]]) -> Pieces
     first = order[np.flatnonzero(np.diff(number[order], prepend=-1))]
     whole.point[:] = point[first]
     return whole
+
+
+def _put(target: Target, block: Block, decoded: Decoded, kind: Ids) -> None:
+    if isinstance(target, np.ndarray):  # spares all but the pages that hold a voxel
+        target[block.write.slices][places(decoded.flat, block.write.shape_zyx)] = decoded.ids
+    else:
+        target[block.write.slices] = _painted(block, decoded, kind)
 
 
 def _painted(block: Block, decoded: Decoded, kind: Ids) -> NDArray[Any]:

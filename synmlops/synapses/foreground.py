@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synmlops.params import CHANNELS
-from synmlops.synapses.sparse import Indices, components
+from synmlops.synapses.sparse import Indices, components, first_places, places
 
 NEITHER, PRE, POST = 0, 1, 2
 """Sides of a foreground voxel."""
@@ -75,7 +75,7 @@ def find_foreground(probabilities_czyx: NDArray[np.uint8], levels: Levels) -> Fo
     union_zyx = probabilities_czyx[-1]
     depth, height, width = union_zyx.shape
     flat = np.flatnonzero(np.greater_equal(union_zyx, levels.union))
-    place = np.unravel_index(flat, union_zyx.shape)
+    place = places(flat, union_zyx.shape)
     side = np.zeros(len(flat), np.uint8)
     if len(probabilities_czyx) == len(CHANNELS):
         pre, post = probabilities_czyx[0][place], probabilities_czyx[1][place]
@@ -95,7 +95,7 @@ def first_corners(flat: Indices, component: Indices, size_yx: tuple[int, int], j
     Parameters
     ----------
     flat : (N,) array of int
-        Places of the voxels in a flattened volume.
+        Ascending places of the voxels in a flattened volume.
     component : (N,) array of int
         From 0 without gaps.
     size_yx : tuple of int
@@ -108,9 +108,10 @@ def first_corners(flat: Indices, component: Indices, size_yx: tuple[int, int], j
     >>> first_corners(np.array([1, 5, 11]), np.array([0, 1, 0]), (3, 4), 1).tolist()
     [0, 0]
     """
+    if join_voxels == 0:
+        return first_places(flat, component)
     height, width = size_yx
-    row, x = np.divmod(flat, width)
-    z, y = np.divmod(row, height)
+    z, y, x = places(flat, (0, height, width))
     corner = (z * height + np.maximum(y - join_voxels, 0)) * width + np.maximum(x - join_voxels, 0)
     first = np.full(int(component.max(initial=-1)) + 1, np.iinfo(np.int64).max)
     np.minimum.at(first, component, corner)

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from synmlops.params import CHANNELS, SCALE
 from synmlops.synapses.foreground import NEITHER, PRE, Levels, find_foreground, first_corners
-from synmlops.synapses.sparse import Indices, components
+from synmlops.synapses.sparse import Indices, components, places
 
 Mask = NDArray[np.bool_]
 Instances = NDArray[np.unsignedinteger]
@@ -198,7 +198,7 @@ def components_of(volume_zyx: NDArray[np.bool_] | Instances) -> Instances:
     """
     flat = np.flatnonzero(volume_zyx)
     depth, height, width = volume_zyx.shape
-    value = volume_zyx[np.unravel_index(flat, volume_zyx.shape)].astype(np.uint64)
+    value = volume_zyx[places(flat, volume_zyx.shape)].astype(np.uint64)
     component = 1 + components(flat, (depth, height, width), value=value)
     largest = int(component.max(initial=0))
     return _scatter(flat, component, shape=volume_zyx.shape, largest=largest)

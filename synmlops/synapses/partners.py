@@ -14,7 +14,7 @@ from synmlops.params import SCALE
 from synmlops.synapses.foreground import POST, PRE
 from synmlops.synapses.instances import Instances, Probabilities, sites_of
 from synmlops.synapses.pieces import Pieces, group, located
-from synmlops.synapses.sparse import Indices, components, first_places
+from synmlops.synapses.sparse import Indices, components, first_places, places
 from synmlops.volumes.table import COLUMNS, empty_table
 
 
@@ -67,7 +67,7 @@ def partners_of(
     """
     _check(instances, probabilities_czyx, neurons)
     flat = np.flatnonzero(instances)
-    index = np.unravel_index(flat, instances.shape)
+    index = places(flat, instances.shape)
     ids = instances[index]
     site, side = sites_of(ids).astype(np.uint64), np.where(ids & 1, PRE, POST).astype(np.uint8)
     if neurons is None:

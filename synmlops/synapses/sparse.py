@@ -101,6 +101,20 @@ def first_places(flat: Indices, label: Indices) -> Indices:
     return first
 
 
+def places(flat: Indices, shape_zyx: tuple[int, ...]) -> tuple[Indices, Indices, Indices]:
+    """Give z, y and x of places in a flattened volume; several times as fast as `numpy.unravel_index`.
+
+    Examples
+    --------
+    >>> [at.tolist() for at in places(np.array([0, 7, 12]), (2, 2, 5))]
+    [[0, 0, 1], [0, 1, 0], [0, 2, 2]]
+    """
+    _, height, width = shape_zyx
+    row = flat // width
+    z = row // height
+    return z, row - z * height, flat - row * width
+
+
 class _Runs:
     """Voxels of a row with no gap of `reach` or more between them, in scan order."""
 
@@ -114,7 +128,8 @@ class _Runs:
     ) -> None:
         self._depth, self._height, width = shape_zyx
         self._reach = reach
-        row, x = np.divmod(flat, width)
+        row = flat // width
+        x = flat - row * width
         parted = (np.diff(flat, prepend=flat[0] - reach - 1) > reach) | (np.diff(row, prepend=-1) != 0)
         if value is not None:
             parted[1:] |= value[1:] != value[:-1]
