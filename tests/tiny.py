@@ -15,6 +15,7 @@ from synmlops.params import (
     SamplingParams,
     TrainParams,
     VolumeSet,
+    WindowParams,
 )
 from synmlops.volumes.prepared import Manifest
 from synmlops.volumes.store import Grid, write_hdf5
@@ -68,7 +69,7 @@ def tiny_params(data: DataParams, **train: Any) -> Params:
                 "validate_every": 6,
                 "checkpoint_every": 4,
                 "precision": "float32",
-                "validation": window,
+                "validation": WindowParams(window_zyx=window.window_zyx),
             }
             | train
         ),

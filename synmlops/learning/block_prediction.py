@@ -173,8 +173,8 @@ class Mask:
 def measure_grey(image: Image, region: Box) -> tuple[float, float]:
     """Give mean and deviation of the grey levels of a region, from samples spread over it.
 
-    Samples of one grey level are no tissue and left out, and so are the lowest and the highest 0.5 % of
-    voxels: charging, dirt and lost sections would stretch the deviation.
+    Voxels of 0 or of the greatest value that the type holds are no tissue and left out, and so are the lowest
+    and the highest 0.5 % of the others: charging, dirt and lost sections would stretch the deviation.
 
     Returns
     -------
@@ -193,12 +193,11 @@ def measure_grey(image: Image, region: Box) -> tuple[float, float]:
             for x in starts[2]:
                 ends = (min(at + n, stop) for at, n, stop in zip((z, y, x), SAMPLE_ZYX, stops, strict=True))
                 spans = (slice(at, end) for at, end in zip((z, y, x), ends, strict=True))
-                sample = np.asarray(image[tuple(spans)]).ravel()
-                if sample.min() < sample.max():
-                    samples.append(sample)
-    if not samples:
-        return 0.0, 1.0
+                sample = np.asarray(image[tuple(spans)])
+                samples.append(sample[(sample > 0) & (sample < np.iinfo(sample.dtype).max)])
     values = np.concatenate(samples)
+    if not values.size:
+        return 0.0, 1.0
     low, high = np.percentile(values, (0.5, 99.5))
     kept = values[(values >= low) & (values <= high)].astype(np.float64)
     return float(kept.mean()), float(max(kept.std(), 1e-6))

@@ -132,7 +132,8 @@ class Predictor:
             raise ValueError(f"image {image.shape} must be of {read.shape_zyx}, the shape of {read}")
         sheet = _Sheet(self._axes, box, read, image, mask, n_channels=len(self._kept), device=self._device)
         windows = list(sheet.windows())
-        progress(self.count(box) - len(windows))
+        if left_out := self.count(box) - len(windows):
+            progress(left_out)
         for first in range(0, len(windows), self._params.batch_size):
             batch = windows[first : first + self._params.batch_size]
             probabilities = self._probabilities(torch.stack([sheet.see(window) for window in batch]))
