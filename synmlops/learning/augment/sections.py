@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from synmlops.learning.augment.grey import functions
 from synmlops.learning_params import Blur, MissingSection, MotionBlur
 
 DARK = -3.0
@@ -31,6 +32,9 @@ class GaussianBlur:
         reach = max(1, math.ceil(3 * self.sigma))
         weights = [math.exp(-0.5 * (offset / self.sigma) ** 2) for offset in range(-reach, reach + 1)]
         weights = [weight / sum(weights) for weight in weights]
+        if (compiled := functions(part)) is not None:
+            compiled.call("blur", part, *part.shape, torch.tensor(weights), reach)
+            return
         padded = pad(part[None], (reach,) * 4, mode="replicate")[0]
         along_y = _weighted(padded, weights, axis=1, size=part.shape[1])
         part.copy_(_weighted(along_y, weights, axis=2, size=part.shape[2]))
@@ -61,6 +65,12 @@ class Smear:
         height, width = image.shape[1:]
         offsets = self.offsets()
         reach = max(1, *(abs(step) for offset in offsets for step in offset))
+        if (compiled := functions(image)) is not None:
+            for section in self.sections:
+                compiled.call(
+                    "smear", image[section], height, width, torch.tensor(offsets), len(offsets), reach
+                )
+            return
         for section in self.sections:
             padded = pad(image[None, section, None], (reach,) * 4, mode="replicate")[0, 0]
             total = torch.zeros_like(image[section])
