@@ -10,7 +10,9 @@ from tiny import TinyProject
 from torch.testing import assert_close
 
 from synmlops.learning import feed as module
+from synmlops.learning.augment import resample
 from synmlops.learning.feed import Batch, Feed, cut, source_box
+from synmlops.learning.native import without_kernels
 from synmlops.learning.sampling import LabelledRegion, PatchSampler
 from synmlops.params import AugmentParams, SamplingParams, SynmlopsError
 from synmlops.volumes.labels import foreground_sum
@@ -84,6 +86,25 @@ def test_threads_order_and_ranks_change_nothing(
     assert len({draws for batch in whole for draws in batch.draws}) == 20
     names = {name for batch in whole for drawn in batch.draws for name in drawn.augmentations}
     assert {"copy_paste", "rotate", "elastic", "flip", "noise"} <= names
+
+
+def test_threads_compute_in_torch_alone_where_they_are_told_to(
+    tiny_project: TinyProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    apply = module.apply_plan
+
+    def watch(*given: Any, **named: Any) -> Any:
+        seen.append(resample.suits(given[1], given[2]))
+        return apply(*given, **named)
+
+    monkeypatch.setattr(module, "apply_plan", watch)
+    with _feed(_region(tiny_project)) as feed, without_kernels():
+        batch = feed.batch(1)
+    assert seen
+    assert not any(seen)
+    with _feed(_region(tiny_project)) as feed:
+        assert_close(feed.batch(1).image, batch.image, atol=1e-5, rtol=0)
 
 
 def _poisoned(folder: Path) -> LabelledRegion:

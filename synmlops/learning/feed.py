@@ -6,6 +6,7 @@ nothing, and any batch of any run can be made again.
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from threading import Barrier
 from types import TracebackType
@@ -138,7 +139,7 @@ class Feed:
                 future.cancel()
         for one in wanted:
             if one not in self._pending:
-                self._pending[one] = [self._pool.submit(self._make, one, index) for index in self._share]
+                self._pending[one] = [self._submit(one, index) for index in self._share]
         made = [self._finish(future.result()) for future in self._pending.pop(step)]
         return Batch(
             image=torch.stack([one.image for one in made]),
@@ -176,6 +177,10 @@ class Feed:
     def patch(self, step: int, index: int) -> Patch:
         """Make patch `index` of the whole batch of a step, here and now."""
         return self._finish(self._make(step, index))
+
+    def _submit(self, step: int, index: int) -> Future[Patch]:
+        """Have a thread make it with the settings of whoever asks, such as `without_kernels`."""
+        return self._pool.submit(copy_context().run, self._make, step, index)
 
     def _make(self, step: int, index: int) -> Patch:
         raw = self._raw(self.chances(step, index))

@@ -56,7 +56,8 @@ class Geometry:
     def box_zyx(self) -> tuple[int, int, int]:
         """Size of the box that is read, in the patch's axes: the patch and even margins in plane."""
         z, *sizes = self.patch_zyx
-        reach = np.max([self._reach_yx(slipped) for _, _, slipped in self.runs()], axis=0)
+        farthest = self._farthest_yx()
+        reach = np.max([self._reach_yx(farthest, run[2]) for run in self.runs()], axis=0)
         slack = ROUNDING if self.is_sampled else 0.0
         y, x = (
             size + 2 * math.ceil(r + slack - (size - 1) / 2) for size, r in zip(sizes, reach, strict=True)
@@ -147,14 +148,18 @@ class Geometry:
         """
         return torch.stack([(y * a + b) + x * c for a, b, c in self.rows_of(slipped)])
 
-    def _reach_yx(self, slipped: bool) -> Matrix:
+    def _farthest_yx(self) -> Matrix:
+        """Farthest that a pixel comes to lie from the middle of its section, in voxels along y and x."""
+        farthest = (np.array(self.patch_zyx[1:]) - 1) / 2
+        if self.elastic is None:
+            return farthest
+        # nothing folds, so what lies within the border stays within it, but for its curve between pixels
+        return farthest + self.elastic.greatest_yx(self.patch_zyx[1:]) + BULGE
+
+    def _reach_yx(self, farthest_yx: Matrix, slipped: bool) -> Matrix:
         """Farthest that a run reads from the source's middle, in voxels along y and x."""
         matrix, shift = self.map_of(slipped)
-        farthest = (np.array(self.patch_zyx[1:]) - 1) / 2
-        if self.elastic is not None:
-            # nothing folds, so what lies within the border stays within it, but for its curve between pixels
-            farthest = farthest + self.elastic.greatest_yx(self.patch_zyx[1:]) + BULGE
-        return np.asarray(np.abs(matrix) @ farthest + np.abs(shift))
+        return np.asarray(np.abs(matrix) @ farthest_yx + np.abs(shift))
 
 
 def draw_geometry(

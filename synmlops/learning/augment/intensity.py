@@ -59,8 +59,13 @@ class Curve:
 
     def tables(self, *, mean: float, std: float, device: torch.device) -> Tensor:
         """Give what becomes of each uint8 value: (1, 256), or (sections, 256) where these differ."""
-        greys = torch.arange(256, dtype=torch.float32, device=device).repeat(max(1, len(self.bends)), 1, 1)
-        return self.apply(greys, mean=mean, std=std)[:, 0]
+        scale = (-1 if self.invert else 1) / std
+        greys = torch.arange(256, dtype=torch.float32, device=device).mul_(scale).sub_(mean * scale)
+        if not self.bends:
+            return greys[None]
+        rows = [(bend.gamma, bend.contrast, bend.brightness) for bend in self.bends]
+        gamma, contrast, brightness = torch.tensor(rows, device=device).T[..., None]
+        return _raise(greys.repeat(len(rows), 1), gamma).mul_(contrast).add_(brightness)
 
     def apply(self, grey: Tensor, *, mean: float, std: float) -> Tensor:
         """Change (z, y, x) float32 grey values in place; the same tensor is given back."""
@@ -167,11 +172,15 @@ def _bend(grey: Tensor, *, scale: float, offset: float, bend: Bend) -> Tensor:
     """Normalise and bend in place."""
     if bend.gamma == 1:
         return grey.mul_(scale * bend.contrast).add_(offset * bend.contrast + bend.brightness)
-    value = grey.mul_(scale).add_(offset)
-    share = (value + REACH) / (2 * REACH)
-    curved = share.clamp(0, 1).pow_(bend.gamma).mul_(2 * REACH).sub_(REACH)
-    value.copy_(torch.where((share > 0) & (share < 1), curved, value))
+    value = _raise(grey.mul_(scale).add_(offset), bend.gamma)
     return value.mul_(bend.contrast).add_(bend.brightness)
+
+
+def _raise(value: Tensor, gamma: float | Tensor) -> Tensor:
+    """Apply gamma within `REACH`, in place."""
+    share = (value + REACH) / (2 * REACH)
+    curved = share.clamp(0, 1).pow_(gamma).mul_(2 * REACH).sub_(REACH)
+    return value.copy_(torch.where((share > 0) & (share < 1), curved, value))
 
 
 def _random_16_bits(n: int, seed: int, device: torch.device) -> Tensor:
