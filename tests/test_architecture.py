@@ -1,6 +1,7 @@
 """The house as docs/architecture.md lays it out: who imports whom, and what dvc.yaml says it depends on."""
 
 import ast
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +77,16 @@ def test_heavy_libraries_stay_in_their_rooms(path: Path) -> None:
     for name in _imports(path):
         rooms = ONLY_IN.get(name.split(".")[0])
         assert rooms is None or _room(_name(path)) in rooms, f"{_name(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_import_what_there_is(path: Path) -> None:
+    """They run too seldom to notice that something has moved."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("synmlops"):
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                assert hasattr(module, alias.name) or _path_of(f"{node.module}.{alias.name}")
 
 
 def test_stages_do_not_import_each_other() -> None:

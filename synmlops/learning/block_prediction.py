@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from synmlops.blockwise.grid import Block
 from synmlops.blockwise.job import Place, Worker
+from synmlops.learning.allocator import keep_freed_memory
 from synmlops.learning.checkpoint import load_model
 from synmlops.learning.distributed import device_of
 from synmlops.learning.predict import Image, Predictor
@@ -84,8 +85,10 @@ class PredictBlocks:
     def __call__(self, place: Place) -> Worker:
         """Open the volumes and load the models, in the process that is to work."""
         device = device_of(place.number, self.gpus)
-        if device.type == "cpu" and place.of > 1:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.of))
+        if device.type == "cpu":
+            keep_freed_memory()  # every window allocates the same again
+            if place.of > 1:
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.of))
         volume = open_volume(self.source.image)
         seen = self.source.seen(volume)
         predictor = Predictor(

@@ -1,0 +1,260 @@
+"""Megavoxels per second, whole volume in to uint8 out: `synmlops infer` against MONAI's sliding window.
+
+    pip install --no-deps monai==1.6.1  # or the extra: pip install -e .[bench]
+    python benchmarks/throughput.py --model polarity.safetensors
+
+Both sides predict a phantom of 32 x 512 x 512 voxels with the same weights of the incumbent's polarity
+network (plus U-Net, residual squeeze-excite, widths 32, 64, 96, 128, 192, group norm) from an HDF5 file into
+an HDF5 file. MONAI's side is what the field runs: `sliding_window_inference`, windows of 8 x 256 x 256,
+overlap 0.5, Gaussian blending, float32, the network in plain PyTorch. Ours is run with several overlaps; F1
+says what they cost: of union voxels at the best threshold, of synapses (IoU 0.5) and of partners at that
+threshold. The sides take turns, each in a process of its own.
+
+If the model file is not there, it is trained first, on the phantoms of params.yaml, for `--steps` steps.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from incumbent_unet import PlainPlusUNet
+from numpy.typing import NDArray
+from training_step import NETWORK
+
+from synmlops.learning.block_prediction import Source
+from synmlops.learning.checkpoint import Model, ModelMeta, load_model, save_model
+from synmlops.learning.distributed import Ranks, pick_device
+from synmlops.learning.loop import Recipe, Silent, fit
+from synmlops.learning.networks.plus_unet import from_pytc
+from synmlops.learning.networks.registry import build_network
+from synmlops.learning.networks.report import gflop_per_megavoxel
+from synmlops.learning.sampling import train_regions
+from synmlops.learning.volume_prediction import Engine, predict_volume
+from synmlops.learning.windows import windows_over
+from synmlops.params import CHANNELS, InferParams, Params, load_params
+from synmlops.stages.prepare import run as run_prepare
+from synmlops.synapses.partners import partners_of
+from synmlops.synapses.scores import Tables, decode, score_region
+from synmlops.synapses.voxels import voxel_histograms
+from synmlops.volumes.phantom import Phantom, make_phantom
+from synmlops.volumes.prepared import Box
+from synmlops.volumes.preparing import sides_of
+from synmlops.volumes.probabilities import probabilities_writer, read_probabilities
+from synmlops.volumes.store import open_volume, write_hdf5
+
+PARAMS = Path(__file__).parents[1] / "params.yaml"
+SHAPE = (32, 512, 512)
+WINDOW = (8, 256, 256)
+
+
+@dataclass
+class Side:
+    """One way to predict, and what was seen of it."""
+
+    name: str
+    run: Callable[[Path, Path, Path], None]  # model, image, output
+    windows: int  # that it computes
+    seconds: list[float] = field(default_factory=list)
+    mebibytes: float = 0.0
+    out: Path | None = None
+
+
+def main() -> None:
+    """Print the table in Markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=Path("polarity.safetensors"))
+    parser.add_argument("--steps", type=int, default=400, help="Of the training, if the model is not there.")
+    parser.add_argument("--overlaps", type=float, nargs="+", default=[0, 0.125, 0.25, 0.5])
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=101, help="Of the phantom that is predicted.")
+    args = parser.parse_args()
+    if not args.model.exists():
+        train(args.model, args.steps)
+    made = make_phantom(seed=args.seed, size_zyx=SHAPE)
+    sides = [Side("MONAI, overlap 0.5", monai, 7 * 3 * 3)]
+    for overlap in args.overlaps:
+        sides.append(Side(f"synmlops, overlap {overlap:g}", Ours(overlap), _windows(overlap)))
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "em.h5"
+        write_hdf5(image, {"main": made.image}, grid=made.grid)
+        for turn in range(args.turns):
+            for number, side in enumerate(sides):
+                side.out = Path(folder) / f"{number}_{turn}.h5"
+                _take_turn(side, args.model, image)
+        print(_table(sides, made))
+
+
+@dataclass(frozen=True)
+class Ours:
+    """Our side with an overlap."""
+
+    overlap: float
+
+    def __call__(self, model: Path, image: Path, out: Path) -> None:
+        """Predict as `synmlops infer` does."""
+        with open_volume(image) as volume:
+            assert volume.grid is not None
+            source = Source(str(image), Box((0, 0, 0), SHAPE), volume.grid)
+        params = InferParams(window_zyx=WINDOW, overlap=self.overlap)
+        assert predict_volume(source, [model], out, params=params, engine=Engine())
+
+
+def monai(model: Path, image: Path, out: Path) -> None:
+    """Predict as MONAI's documentation does."""
+    from monai.inferers import sliding_window_inference
+
+    device = pick_device()
+    loaded = load_model(model)
+    network = plain_network(loaded).to(device)
+    with open_volume(image) as volume:
+        grid, voxels = volume.grid, volume.read()
+    assert grid is not None
+    normal = (torch.from_numpy(voxels).float() - loaded.meta.mean) / loaded.meta.std
+    with torch.inference_mode():
+        logits = sliding_window_inference(
+            normal[None, None].to(device), WINDOW, 1, network, overlap=0.5, mode="gaussian"
+        )
+        levels = (torch.sigmoid(logits[0]) * 255).round().to(torch.uint8).cpu().numpy()
+    with probabilities_writer(out, SHAPE, channels=CHANNELS, grid=grid) as written:
+        written[...] = levels
+
+
+def plain_network(model: Model) -> torch.nn.Module:
+    """Give the incumbent's network in plain PyTorch with our weights."""
+    plain = PlainPlusUNet()
+    names = plain.state_dict()
+    ours = model.network.state_dict()
+    plain.load_state_dict({key: ours[name] for key, name in zip(names, from_pytc(names), strict=True)})
+    return plain.eval()
+
+
+def train(path: Path, steps: int) -> None:
+    """Train the polarity network on the phantoms of params.yaml."""
+    base = load_params(PARAMS)
+    with tempfile.TemporaryDirectory() as folder:
+        manifest, _ = run_prepare(base.data, out=Path(folder) / "prepared")
+        recipe = _recipe(base, steps)
+        regions = train_regions(manifest.folds[0], manifest, patch_zyx=recipe.sampling.patch_zyx)
+        meta = ModelMeta(
+            network=NETWORK,
+            channels=CHANNELS,
+            mean=manifest.mean,
+            std=manifest.std,
+            voxel_nm=regions[0].volume.grid.voxel_nm,
+        )
+        ranks = Ranks(0, 1, pick_device())
+        fitted = fit(
+            recipe,
+            regions,
+            meta=meta,
+            ranks=ranks,
+            states=Path(folder) / "states",
+            validate=None,
+            observer=Silent(),
+        )
+    save_model(path, fitted.last, meta)
+
+
+def _recipe(base: Params, steps: int) -> Recipe:
+    tree = base.model_dump()
+    tree["network"] = NETWORK.model_dump()
+    tree["infer"]["window_zyx"] = tree["train"]["validation"]["window_zyx"] = WINDOW
+    tree["sampling"] |= {"patch_zyx": (8, 128, 128), "batch_size": 2}
+    tree["train"] |= {"steps": steps, "learning_rate": 0.002, "warmup_steps": steps // 10}
+    tree["train"] |= {"validate_every": steps, "checkpoint_every": steps}
+    return Recipe.of(Params.model_validate(tree))
+
+
+def _take_turn(side: Side, model: Path, image: Path) -> None:
+    """Run a side in a process of its own, whose greatest memory is its own too."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_clocked, args=(side.run, model, image, side.out, theirs))
+    process.start()
+    theirs.close()
+    seconds, mebibytes = ours.recv()
+    process.join()
+    side.seconds.append(seconds)
+    side.mebibytes = max(side.mebibytes, mebibytes)
+    print(f"{side.name}: {seconds:.1f} s, {mebibytes:.0f} MiB", flush=True)
+
+
+def _clocked(run: Callable[..., None], model: Path, image: Path, out: Path, told: Any) -> None:
+    began = time.perf_counter()
+    run(model, image, out)
+    told.send((time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def _windows(overlap: float) -> int:
+    axes = windows_over(
+        Box((0, 0, 0), SHAPE),
+        shape_zyx=SHAPE,
+        pool_zyx=NETWORK.total_pool_zyx(),
+        params=InferParams(window_zyx=WINDOW, overlap=overlap),
+    )
+    return int(np.prod([len(axis) for axis in axes]))
+
+
+def _table(sides: list[Side], made: Phantom) -> str:
+    lines = [
+        "| side | windows | s | MVox/s | times MONAI | MiB | voxel F1 | synapse F1 | partner F1 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    voxels = np.prod(SHAPE) / 1e6
+    reference = statistics.median(sides[0].seconds)
+    for side in sides:
+        assert side.out is not None
+        seconds = statistics.median(side.seconds)
+        scores = _scores(read_probabilities(side.out).values_czyx, made)
+        lines.append(
+            f"| {side.name} | {side.windows} | {seconds:.1f} | {voxels / seconds:.3f} "
+            f"| {reference / seconds:.1f} | {side.mebibytes:.0f} | "
+            + " | ".join(f"{score:.3f}" for score in scores)
+            + " |"
+        )
+    gflop = gflop_per_megavoxel(build_network(NETWORK), patch_zyx=WINDOW)
+    lines.append(f"\n{gflop:.0f} GFLOP a megavoxel, {torch.get_num_threads()} threads")
+    return "\n".join(lines)
+
+
+def _scores(probabilities: NDArray[np.uint8], made: Phantom) -> tuple[float, float, float]:
+    """Give F1 of union voxels at their best threshold, of synapses and of partners at that."""
+    params = load_params(PARAMS).evaluate
+    histograms = voxel_histograms(
+        probabilities, sides_of(made.labels, "pairs"), names=CHANNELS, known=CHANNELS
+    )
+    threshold = histograms["union"].best_threshold()
+    instances = decode(probabilities, threshold=threshold, params=params)
+    predicted = partners_of(
+        instances,
+        voxel_nm=made.grid.voxel_nm,
+        offset_nm=made.grid.offset_nm,
+        probabilities_czyx=probabilities,
+        neurons=made.neurons,
+        min_side_voxels=params.min_side_voxels,
+    )
+    flat = score_region(
+        histograms,
+        instances,
+        made.labels,
+        threshold=threshold,
+        voxel_nm=made.grid.voxel_nm,
+        tables=Tables(predicted, made.partners, with_neurons=True),
+        params=params,
+    ).flat()
+    return flat["voxel_union_f1"], flat["detection_f1"], flat["partner_neurons_f1"]
+
+
+if __name__ == "__main__":
+    main()
