@@ -28,7 +28,7 @@ from synmlops.learning.allocator import keep_freed_memory
 from synmlops.learning.checkpoint import ModelMeta
 from synmlops.learning.distributed import Ranks, pick_device
 from synmlops.learning.feed import Batch
-from synmlops.learning.native import kernels
+from synmlops.learning.networks.kernels import kernels
 from synmlops.learning.networks.plus_unet import from_pytc
 from synmlops.learning.networks.report import gflop_per_megavoxel
 from synmlops.learning.trainer import Recipe, Row, Silent, Trainer
