@@ -153,7 +153,7 @@ def plain_errors(name: str, part: str = "") -> Iterator[None]:
         yield
     except _FAILURES as error:
         # The status code, then words, then details in brackets: the whole specification of the store.
-        text = " ".join(re.sub(r"\s*\[\w+='.*", "", str(error), flags=re.DOTALL).split())
+        text = " ".join(re.sub(r"\s*\[[\w ]+='.*", "", str(error), flags=re.DOTALL).split())
         code, _, words = text.partition(": ")
         if isinstance(error, TimeoutError):
             raise SynmlopsError(
