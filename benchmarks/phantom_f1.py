@@ -77,7 +77,9 @@ def _score(model: Model, trial: Trial, *, threshold: float, params: Params) -> S
     histograms = voxel_histograms(
         probabilities, sides_of(made.labels, "pairs"), names=CHANNELS, known=CHANNELS
     )
-    instances = decode(probabilities, threshold=threshold, params=params.evaluate)
+    instances = decode(
+        probabilities, threshold=threshold, params=params.evaluate, voxel_nm=made.grid.voxel_nm
+    )
     predicted = partners_of(
         instances,
         voxel_nm=made.grid.voxel_nm,

@@ -188,7 +188,7 @@ def _evaluate_region(
     """Decode one region and score it as far as its label and its model know."""
     grid, has_sides = probabilities.grid, probabilities.channels == CHANNELS
     values = probabilities.values_czyx if has_sides else probabilities.values_czyx[-1:]
-    instances = decode(values, threshold=threshold, params=params)
+    instances = decode(values, threshold=threshold, params=params, voxel_nm=grid.voxel_nm)
     neurons = volume.read("neurons", region.box)
     partners = None
     if has_sides:

@@ -122,7 +122,7 @@ def label_block(task: Task, block: Block, probabilities: Source) -> Summary:
                 part.astype(np.int32),
             ),
         )
-    place = _places_in_region(found.flat, task, block)
+    place = places_in_region(found.flat, task, block)
     if near.any():
         faces = place[near], found.component[near], found.side[near], part[near]
         task.spool.put("faces", block.index, faces)
@@ -153,12 +153,28 @@ def join_block(task: Task, block: Block) -> Links:
 
 
 @dataclass(frozen=True, eq=False)
+class Apart:
+    """The new numbers of sites that were taken apart."""
+
+    shelves: tuple[str, ...]  # on which it is laid aside which voxel is of which
+    sites: Indices  # (S,) ascending, as they were numbered before
+    begins: Indices  # (S,) where the numbers of each begin in `numbers`
+    numbers: Indices
+
+
+@dataclass(frozen=True, eq=False)
 class Given:
     """What a block is told once all are joined."""
 
     site: Indices  # (K,) number of the site of each of its components, 0 for none
     spans: NDArray[np.bool_]  # (K,) whether the site has voxels in another component
     part: NDArray[np.uint64]  # (M,) name of each of its parts: where the whole part begins in the region
+    apart: Apart | None = None  # of sites that were taken apart
+
+    @property
+    def any(self) -> bool:
+        """Whether the block has voxels of a site."""
+        return bool(self.site.any()) or self.apart is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,32 +196,61 @@ def decode_block(task: Task, block: Block, given: Given, neurons: Source | None)
 
     The voxels of sites that span blocks are laid aside for `nearest_in_block`.
     """
-    voxels = task.spool.get("voxels", block.index)
-    assert voxels is not None  # a block without foreground is not asked
-    kept = given.site[voxels[1]] > 0
-    if task.has_sides:
-        kept &= voxels[2] != NEITHER
-    flat, component, side, union, part = (column[kept] for column in voxels)
-    flat, site = flat.astype(np.int64), given.site[component]
+    voxels = _sited(task, block, given)
     if not task.has_sides:
-        return Decoded(flat, site, None, None)
-    ids = 2 * site - (side == PRE)
-    if not len(flat):
-        return Decoded(flat, ids, None, None)
-    index = _within(block, flat, origin=block.write.start_zyx)
-    if neurons is not None:
-        name = neurons_at(neurons, index)
-    else:
-        name = np.where(side == POST, given.part[part], 0).astype(np.uint64)
-    keys = site.astype(np.uint64), side, name
-    number, example = group(*keys)
-    chosen = keys[0][example], side[example], name[example]
-    pieces = located(index, union, number, keys=chosen, voxel_nm=task.voxel_nm)
-    spans = given.spans[component[example]]
+        return Decoded(voxels.flat, voxels.site, None, None)
+    ids = 2 * voxels.site - (voxels.side == PRE)
+    if not len(ids):
+        return Decoded(voxels.flat, ids, None, None)
+    index = _within(block, voxels.flat, origin=block.write.start_zyx)
+    name = voxels.part if neurons is None else neurons_at(neurons, index)
+    site = voxels.site.astype(np.uint64)
+    number, example = group(site, voxels.side, name)
+    keys = site[example], voxels.side[example], name[example]
+    pieces = located(index, voxels.union, number, keys=keys, voxel_nm=task.voxel_nm)
+    spans = given.spans[voxels.component[example]]
     if spans.any():
         some = spans[number]
-        task.spool.put("spanning", block.index, (flat[some], (np.cumsum(spans) - 1)[number[some]]))
-    return Decoded(flat, ids, pieces.where(~spans), pieces.where(spans))
+        laid_aside = voxels.flat[some], (np.cumsum(spans) - 1)[number[some]]
+        task.spool.put("spanning", block.index, laid_aside)
+    return Decoded(voxels.flat, ids, pieces.where(~spans), pieces.where(spans))
+
+
+@dataclass(frozen=True, eq=False)
+class _Sited:
+    """The voxels of a block that are part of a site, those without a side left out where sides are known."""
+
+    flat: Indices
+    component: Indices
+    side: NDArray[np.uint8]
+    union: NDArray[np.uint8]
+    site: Indices
+    part: NDArray[np.uint64]  # name of the post part; 0 beside the post side
+
+
+def _sited(task: Task, block: Block, given: Given) -> _Sited:
+    laid_aside = task.spool.get("voxels", block.index)
+    assert laid_aside is not None  # a block without foreground is not asked
+    flat, component, side, union, number = laid_aside
+    site, part = given.site[component], np.zeros(len(flat), np.uint64)
+    post = side == POST
+    part[post] = given.part[number[post]]
+    if given.apart is not None:
+        _take_apart(task, block, given.apart, site=site, name=part)
+    kept = (site > 0) & (side != NEITHER) if task.has_sides else site > 0
+    return _Sited(
+        flat[kept].astype(np.int64), component[kept], side[kept], union[kept], site[kept], part[kept]
+    )
+
+
+def _take_apart(task: Task, block: Block, apart: Apart, *, site: Indices, name: NDArray[np.uint64]) -> None:
+    """Give the voxels of sites that were taken apart their new sites and the names of their parts."""
+    for shelf in apart.shelves:
+        laid_aside = task.spool.get(shelf, block.index)
+        assert laid_aside is not None  # it is named since it was laid aside
+        position, before, label, part = laid_aside
+        site[position] = apart.numbers[apart.begins[np.searchsorted(apart.sites, before)] + label]
+        name[position] = part
 
 
 def nearest_in_block(
@@ -242,7 +287,7 @@ def _within(block: Block, flat: Indices, *, origin: tuple[int, int, int] = (0, 0
     return z + origin[0], y + origin[1], x + origin[2]
 
 
-def _places_in_region(flat: Indices, task: Task, block: Block) -> Indices:
+def places_in_region(flat: Indices, task: Task, block: Block) -> Indices:
     """Give places in the flattened region for those in the flattened block."""
     region = task.blocks.region
     if block.write == region:

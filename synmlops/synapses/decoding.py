@@ -36,7 +36,9 @@ from synmlops.synapses.joining import Sites, settle
 from synmlops.synapses.partners import rows_of
 from synmlops.synapses.pieces import Pieces, joined, merge
 from synmlops.synapses.sparse import places
+from synmlops.synapses.splitting import SplitRules
 from synmlops.synapses.spool import Spool
+from synmlops.synapses.touching import Crowd, crowds, part_crowds, renumbered
 from synmlops.volumes.files import plain_write_errors
 from synmlops.volumes.store import Grid
 from synmlops.volumes.table import empty_table
@@ -103,7 +105,7 @@ def decode_blocks(
     grid : Grid
         Voxel size, and where voxel (0, 0, 0) of the volume lies.
     params : EvaluateParams
-        `min_voxels`, `side_threshold`, `min_side_voxels`.
+        `min_voxels`, `side_threshold`, `min_side_voxels`, `split`.
     threshold : float
         Least union probability of the foreground, inclusive.
     out : function
@@ -146,6 +148,8 @@ def decode_blocks(
     >>> ids.tolist(), decoding.table[["pre_x", "post_x"]].values.tolist()
     ([[[0, 1, 1, 2, 2, 0, 0, 0]]], [[1, 3]])
     """
+    if join_voxels and params.split == "watershed":
+        raise ValueError("a watershed would part again what join_voxels joins; use split: pre or none")
     if workers > 1 and scratch is None:
         raise ValueError(f"{workers} workers need a scratch folder")
     levels = Levels(level_of(threshold), level_of(params.side_threshold * threshold), join_voxels)
@@ -160,7 +164,8 @@ def decode_blocks(
             spool=spool,
         )
         counted = _Count(report)
-        sites = _label(hands, task, counted)
+        rules = SplitRules(params.split, params.min_voxels, params.min_side_voxels, grid.voxel_nm)
+        sites = _label(hands, task, rules, counted)
         pieces = _write(hands, task, sites, out, counted)
     if pieces is None:
         return Decoding(sites.n, empty_table() if task.has_sides else None)
@@ -217,13 +222,18 @@ def _spool(scratch: Path | None) -> Iterator[Spool]:
         yield Spool(Path(name))
 
 
-def _label(hands: Crew, task: Task, counted: _Count) -> Sites:
-    """Read every block, and join what goes on from one into the next."""
+def _label(hands: Crew, task: Task, rules: SplitRules, counted: _Count) -> Sites:
+    """Read every block, join what goes on from one into the next, and take touching synapses apart."""
     every = [(block,) for block in task.blocks]
     summaries = [counted(one) for one in hands.map(_label_one, every, task)]
     joining = every if len(every) > 1 else []
     links = [counted(one) for one in hands.map(_join_one, joining, task)]
-    return settle(summaries, links, min_voxels=task.min_voxels)
+    sites = settle(summaries, links, min_voxels=task.min_voxels, min_pre_voxels=max(rules.min_side_voxels, 1))
+    if rules.mode == "none":
+        return sites
+    jobs = list(crowds(task, sites, rules))
+    parted = hands.map(_part_one, [(*job, rules) for job in jobs], task)
+    return renumbered(sites, ((home, *result) for (home, _), result in zip(jobs, parted, strict=True)))
 
 
 def _write(
@@ -236,7 +246,7 @@ def _write(
     jobs = [
         (block, given, shared)
         for block in task.blocks
-        if (given := sites.given(block.index)).site.any()  # else it stays as it is, all zero
+        if (given := sites.given(block.index)).any  # else it stays as it is, all zero
     ]
     whole: list[Pieces] = []
     shares: list[tuple[Block, Pieces]] = []
@@ -284,6 +294,10 @@ def _painted(block: Block, decoded: Decoded, kind: Ids) -> NDArray[Any]:
 
 def _label_one(sources: Sources, task: Task, block: Block) -> Any:
     return label_block(task, block, sources.probabilities)
+
+
+def _part_one(_: Sources, task: Task, home: Block, crowded: tuple[Crowd, ...], rules: SplitRules) -> Any:
+    return part_crowds(task, home, crowded, rules)
 
 
 def _join_one(_: Sources, task: Task, block: Block) -> Links:

@@ -7,23 +7,39 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from synmlops.blockwise.grid import BlockGrid
 from synmlops.params import EvaluateParams, LabelKind
+from synmlops.synapses.decoding import decode_blocks
 from synmlops.synapses.instances import Instances, Probabilities, decode_pairs, decode_union, sites_of
 from synmlops.synapses.metrics import InstanceScores, score_instances, score_partners
 from synmlops.synapses.voxels import Counts, Histogram, add_by_key
-from synmlops.volumes.prepared import POST, PRE
+from synmlops.volumes.prepared import POST, PRE, Box
+from synmlops.volumes.store import Grid
 
 
-def decode(probabilities_czyx: Probabilities, *, threshold: float, params: EvaluateParams) -> Instances:
-    """Decode instances: pairs from three channels, whole synapses from the union channel alone."""
-    if len(probabilities_czyx) == 1:
-        return decode_union(probabilities_czyx[0], threshold=threshold, min_voxels=params.min_voxels)
-    return decode_pairs(
-        probabilities_czyx,
-        threshold=threshold,
-        side_threshold=params.side_threshold,
-        min_voxels=params.min_voxels,
+def decode(
+    probabilities_czyx: Probabilities,
+    *,
+    threshold: float,
+    params: EvaluateParams,
+    voxel_nm: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> Instances:
+    """Decode instances: pairs from three channels, whole synapses from the union channel alone.
+
+    The voxel size tells what is near where `params.split` takes touching synapses apart.
+    """
+    shape = probabilities_czyx.shape[1], probabilities_czyx.shape[2], probabilities_czyx.shape[3]
+    whole = BlockGrid(Box((0, 0, 0), shape), shape)
+    made: list[Instances] = []
+
+    def out(kind: np.dtype[np.unsignedinteger]) -> Instances:
+        made.append(np.zeros(shape, kind))
+        return made[0]
+
+    decode_blocks(
+        probabilities_czyx, blocks=whole, grid=Grid(voxel_nm), params=params, threshold=threshold, out=out
     )
+    return made[0]
 
 
 def true_instances(label_zyx: NDArray[np.unsignedinteger], kind: LabelKind, *, sides: bool) -> Instances:
