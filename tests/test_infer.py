@@ -24,6 +24,8 @@ from synmlops.learning.predict import predict_array
 from synmlops.learning.volume_prediction import Engine
 from synmlops.params import CHANNELS, InferParams, NetworkParams, SynmlopsError
 from synmlops.stages.infer import View, run_on_images
+from synmlops.synapses.instances import decode_pairs
+from synmlops.synapses.matching import match_overlaps, overlaps_of
 from synmlops.volumes.prepared import Box
 from synmlops.volumes.probabilities import read_probabilities
 from synmlops.volumes.resampled import Resampled, resampled_grid
@@ -296,6 +298,61 @@ def test_grey_levels_leave_out_what_is_no_tissue() -> None:
     np.testing.assert_allclose(measure_grey(image, box), plain, rtol=0.1)
     assert abs(plain[0] - 120) < 1
     assert measure_grey(np.zeros((2, 4, 4), np.uint8), Box((0, 0, 0), (2, 4, 4))) == (0.0, 1.0)
+
+
+BORDERLINE = """
+import torch
+from torch import nn
+
+class Smoothed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.AvgPool3d((1, 5, 5), 1, (0, 2, 2), count_include_pad=False)
+        self.levels = nn.Conv3d(1, 3, 1)
+        self.levels.weight.data = torch.tensor([-0.3, 0.3, 0.3]).reshape(3, 1, 1, 1, 1)
+        self.levels.bias.data = torch.tensor([0.3 * 205, -0.3 * 205, -0.3 * 140])
+
+    def forward(self, image):
+        return self.levels(self.mean(image))
+
+def build(params):
+    return Smoothed()
+"""
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".zarr"])
+def test_synapses_on_the_borders_of_blocks_are_found_once_and_whole(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each lies across an edge or a corner of blocks, pre on one side and post on the other."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "borderline.py").write_text(BORDERLINE)
+    own = NetworkParams(name="borderline:build")
+    meta = ModelMeta(network=own, channels=CHANNELS, mean=0.0, std=1.0, voxel_nm=GRID.voxel_nm)
+    save_model(tmp_path / "model.safetensors", build_network(own).state_dict(), meta)
+    image = np.random.default_rng(0).integers(60, 90, (16, 144, 144), np.uint8)
+    true = np.zeros(image.shape, np.uint16)
+    corners = [(z, y, x) for z in (4, 8, 12) for y in (48, 96) for x in (48, 96)]
+    for site, (z, y, x) in enumerate(corners, start=1):
+        rows = slice(z - 1, z + 1), slice(y - 6, y + 6)
+        image[(*rows, slice(x - 9, x))], image[(*rows, slice(x, x + 9))] = 180, 230
+        true[(*rows, slice(x - 9, x))], true[(*rows, slice(x, x + 9))] = 2 * site - 1, 2 * site
+    write_hdf5(tmp_path / "em.h5", {"main": image}, grid=GRID)
+    params = InferParams(window_zyx=(4, 64, 64), overlap=0.25, precision="float32")
+    [path] = run_on_images(
+        str(tmp_path / "em.h5"),
+        models=[str(tmp_path / "model.safetensors")],
+        out=tmp_path / "out",
+        params=params,
+        engine=Engine(gpus=0, block_zyx=(4, 48, 48)),
+        suffix=suffix,
+    )
+    found = decode_pairs(
+        read_probabilities(path).values_czyx, threshold=0.5, side_threshold=0.5, min_voxels=50
+    )
+    overlaps = overlaps_of(found, true)
+    assert len(np.unique(found[found > 0])) == 2 * len(corners)
+    assert len(match_overlaps(overlaps, iou=0.6)) == 2 * len(corners)
 
 
 def _zarr_of(case: Case, path: Path) -> Path:
