@@ -16,7 +16,7 @@ SPECKS = 2e-5  # share of the voxels that a poor network lights up for nothing
 class Synthetic:
     """Pre, post and union: uint8, (3, z, y, x); what is read depends on the place alone.
 
-    `made_s` adds up the seconds that it took to make what was read, so that they can be taken off.
+    `made_s` adds up the CPU seconds that it took to make what was read, so that they can be taken off.
     """
 
     shape_zyx: tuple[int, int, int]
@@ -30,7 +30,7 @@ class Synthetic:
 
     def __getitem__(self, region: tuple[slice, ...]) -> NDArray[np.uint8]:
         """Make all channels of a region; slices without a step, the first one open."""
-        began = time.perf_counter()
+        began = time.process_time()
         bounds = [s.indices(n)[:2] for s, n in zip(region[1:], self.shape_zyx, strict=True)]
         starts = np.array([low for low, _ in bounds])
         planes = np.zeros((3, *(high - low for low, high in bounds)), np.uint8)
@@ -41,7 +41,7 @@ class Synthetic:
         for cell in product(*cells):
             _paint(planes, starts, *self._synapse(cell))
         self._speckle(planes, starts)
-        self.made_s += time.perf_counter() - began
+        self.made_s += time.process_time() - began
         return planes
 
     def _synapse(self, cell: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
