@@ -13,7 +13,7 @@ repro: install
 	@synmlops scores
 
 test: install
-	pytest
+	pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: install
 	ruff format --check .

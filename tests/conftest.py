@@ -11,6 +11,18 @@ from synmlops.params import DataParams
 from synmlops.stages.prepare import run as run_prepare
 from synmlops.volumes.prepared import ROLES
 
+LONGEST_FIRST = (
+    *("test_pipeline", "test_train_stage", "test_distributed", "test_infer", "test_tune", "test_engines"),
+    *("test_tracking_server", "test_network_report", "test_evaluate", "test_baselines", "test_serving"),
+)
+"""Files that take more than half a minute: begun last, one of them would leave the other processes idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest; within a file the order stays."""
+    rank = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 @pytest.fixture
 def shared() -> Callable[[str], Path]:
