@@ -289,6 +289,59 @@ def decode(
 
 
 @app.command()
+def view(
+    folder: Annotated[
+        Path | None, typer.Argument(help="What decode or evaluate wrote: its files, unless others are named.")
+    ] = None,
+    image: Annotated[str | None, typer.Option(help="The image; with evaluate's folder it is known.")] = None,
+    probabilities: Annotated[Path | None, typer.Option(help="What infer wrote.")] = None,
+    instances: Annotated[str | None, typer.Option(help="Synapses as decode and evaluate write them.")] = None,
+    partners: Annotated[Path | None, typer.Option(help="Partner table, Parquet.")] = None,
+    neurons: Annotated[str | None, typer.Option(help="Segmentation of the neurons.")] = None,
+    region: Annotated[
+        str | None, typer.Option(help="Of evaluate's folder: which region; default: the first.")
+    ] = None,
+    prepared: PreparedFolder = PREPARED,
+    predicted: PredictedFolder = PREDICTED,
+    at: Annotated[str | None, typer.Option(help="Where to begin: voxel z,y,x of the image.")] = None,
+    site: Annotated[
+        int | None, typer.Option(min=1, help="Site to begin at; default: the most confident.")
+    ] = None,
+    voxel_nm: Annotated[
+        str | None, typer.Option(help="Voxel size z,y,x where the image does not say it.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 0,
+    bind: Annotated[str, typer.Option(help="Address to listen on; the default is this machine's own.")] = (
+        "127.0.0.1"
+    ),
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
+) -> None:
+    """Look at image, probabilities, synapses and partners in the browser (neuroglancer), until Ctrl-C."""
+    from synmlops.stages import view as stage
+
+    found = {}
+    if folder is not None:
+        found = stage.sources_in(folder, region=region, prepared=prepared, predicted=predicted)
+    elif region is not None:
+        raise SynmlopsError(f"--region {region}: is one of evaluate's folder; give that")
+    given = {
+        "image": image,
+        "probabilities": probabilities,
+        "instances": instances,
+        "partners": partners,
+        "neurons": neurons,
+    }
+    stage.run(
+        stage.sources_of(found, given, voxel_nm=_three_numbers(voxel_nm)),
+        at_zyx=_voxel(at),
+        site=site,
+        bind=bind,
+        port=port,
+        browser=browser,
+    )
+
+
+@app.command()
 def scores(
     folder: Annotated[Path, typer.Argument(help="What evaluate wrote.")] = EVALUATED,
 ) -> None:
@@ -523,6 +576,16 @@ def _three_voxels(text: str | None) -> tuple[int, int, int] | None:
         raise SynmlopsError(f"--block {text}: give three whole numbers, such as 64,512,512") from error
     if min(z, y, x) < 1:
         raise SynmlopsError(f"--block {text}: must be positive")
+    return z, y, x
+
+
+def _voxel(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    try:
+        z, y, x = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise SynmlopsError(f"--at {text}: give the voxel as z,y,x, such as 16,200,180") from error
     return z, y, x
 
 

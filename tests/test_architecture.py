@@ -14,7 +14,7 @@ FLOORS = (  # from the ground up; a room may import its own floor's modules and 
     ("section", "learning_params", "params", "explain", "layout", "progress"),
     ("volumes",),
     ("blockwise",),
-    ("learning", "synapses"),
+    ("learning", "synapses", "view"),
     ("tracking",),
     ("serving",),
     ("tuning",),
@@ -27,6 +27,7 @@ ONLY_IN = {
     "safetensors": {"learning", "serving"},
     "mlflow": {"tracking", "serving"},
     "dask": {"blockwise"},
+    "neuroglancer": {"view"},
     "distributed": {"blockwise"},
 }
 WATCHED_BY_NO_STAGE = ("tracking", "serving", "cli", "progress", "explain")  # cannot change a stage's outputs

@@ -1,0 +1,1 @@
+"""Volumes and partners in the browser, through neuroglancer; reads files and writes none."""
