@@ -4,10 +4,9 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import numpy as np
 
 from synmlops.layout import RUN_FILE, model_file, probabilities_file
 from synmlops.learning.block_prediction import Source
@@ -77,7 +76,7 @@ def run(
         StageRun.attach("infer", params=sections(params, "infer"), record=trained, data=digests) as run,
         atomic_folder(out) as folder,
     ):
-        voxels, began = 0, time.monotonic()
+        n_done, voxels, began = 0, 0, time.monotonic()
         for fold in manifest.folds:
             for role in VALIDATED_ROLES:
                 for region in getattr(fold, role):
@@ -89,9 +88,10 @@ def run(
                         params=params.infer,
                         engine=engine or Engine(),
                     )
-                    voxels += int(np.prod(region.box.shape_zyx))
-        rate = voxels / 1e6 / (time.monotonic() - began)
-        run.log_metrics({"infer_voxels": float(voxels), "infer_megavoxels_per_s": rate}, step=0)
+                    n_done, voxels = n_done + 1, voxels + prod(region.box.shape_zyx)
+                    rate = voxels / 1e6 / (time.monotonic() - began)
+                    progress = {"infer_voxels": float(voxels), "infer_megavoxels_per_s": rate}
+                    run.log_metrics(progress, step=n_done)
         run.record.write(folder / RUN_FILE)
     say(run.notes)
     return run.record
