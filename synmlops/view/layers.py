@@ -96,7 +96,8 @@ def _image(scene: Scene, start: Start) -> Any:
     array = ViewedArray(scene.image.volume, ids=False)
     corners = [(at - n // 2, at + n // 2 + 1) for at, n in zip(start.zyx, _SAMPLE_ZYX, strict=True)]
     about = array.read([slice(max(low, 0), high) for low, high in corners])
-    low, high = np.percentile(about, (0.5, 99.5))
+    finite = about[np.isfinite(about)]
+    low, high = np.percentile(finite, (0.5, 99.5)) if finite.size else (0, 1)
     return neuroglancer.ImageLayer(
         source=_source(array, scene.image, scene),
         shader=_GREY,

@@ -10,6 +10,8 @@ from neuroglancer import _neuroglancer as compiled
 from neuroglancer.local_volume import InvalidObjectIdForMesh
 from numpy.typing import NDArray
 
+from synmlops.params import SynmlopsError
+from synmlops.progress import say
 from synmlops.view.arrays import ViewedArray
 from synmlops.view.scene import Placed
 
@@ -64,12 +66,23 @@ class LazyVolume(neuroglancer.LocalVolume):  # type: ignore[misc]  # the package
         self, array: ViewedArray, voxel_nm: Sequence[float], *, kind: str, boxes: SiteBoxes | None = None
     ) -> None:
         self._array, self._voxel_zyx, self._boxes = array, np.array(voxel_nm), boxes
+        self._told: set[str] = set()
         super().__init__(
             array,
             dimensions=dimensions(voxel_nm, channels=array.ndim == 4),
             volume_type=kind,
             max_downsampling=MOST_DOWNSAMPLED,
         )
+
+    def get_encoded_subvolume(self, *args: Any, **kwargs: Any) -> Any:
+        """Give a chunk; one that cannot be read is told of once, and missing in the page."""
+        try:
+            return super().get_encoded_subvolume(*args, **kwargs)
+        except SynmlopsError as error:
+            if str(error) not in self._told:
+                self._told.add(str(error))
+                say([str(error)])
+            raise ValueError(str(error)) from error  # which neuroglancer answers without a traceback
 
     def get_object_mesh(self, object_id: int) -> bytes:
         """Give the surface of an instance as neuroglancer's client reads it."""
