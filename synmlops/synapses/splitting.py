@@ -1,6 +1,7 @@
 """Touching synapses taken apart: one site of the foreground into several, by pre sides or by shape."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -80,15 +81,27 @@ def split_site(site: Site, rules: SplitRules) -> Indices:
         return none
     z, y, x = (at - start for at, start in zip(site.index, low, strict=True))
     box = _Box(z, y, x, (shape[0], shape[1], shape[2]), rules.voxel_nm)
-    seed = _pre_seeds(site, box, rules) if rules.mode == "pre" else _bulges(box)
+    if rules.mode == "pre":
+        seed, reach = _pre_seeds(site, box, rules), partial(_nearest, box)
+    else:
+        depth = _depth(box)
+        seed, reach = _bulges(box, depth), partial(_flooded, _passes(box, depth, site.union))
     while seed.max(initial=-1) > 0:
-        label = _nearest(box, seed) if rules.mode == "pre" else _flooded(box, seed, site.union)
+        label = reach(seed)
         size = np.bincount(label, minlength=int(seed.max()) + 1)
-        if size.min() >= rules.min_voxels:
+        small = np.flatnonzero(size < rules.min_voxels)
+        if not len(small):
             return _in_scan_order(label)
-        seed[seed == size.argmin()] = -1  # no synapse by itself; its voxels go to the others
-        seed[seed > size.argmin()] -= 1
+        _drop(seed, small[np.argsort(size[small], kind="stable")[: (len(small) + 1) // 2]])
     return none
+
+
+def _drop(seed: Indices, dropped: Indices) -> None:
+    """Take seeds back, whose voxels others then get, and number the rest without gaps."""
+    kept = np.ones(int(seed.max()) + 1, bool)
+    kept[dropped] = False
+    number = np.where(kept, np.cumsum(kept) - 1, -1)
+    seed[:] = np.where(seed < 0, -1, number[seed])
 
 
 class _Box:
@@ -158,9 +171,8 @@ def _nearest(box: _Box, seed: Indices) -> Indices:
     return label
 
 
-def _bulges(box: _Box) -> Indices:
+def _bulges(box: _Box, depth: NDArray[np.float64]) -> Indices:
     """Number the maxima of the distance to the border, those with a neck between them; -1 elsewhere."""
-    depth = _depth(box)
     rank = np.empty(box.n, np.int64)
     rank[np.lexsort((np.arange(box.n), depth))] = np.arange(box.n)  # no two alike, so that each way up ends
     best = rank.copy()
@@ -199,19 +211,23 @@ def _merged(depth: NDArray[np.float64], basin: Indices, peaks: Indices, box: _Bo
     return groups(len(peaks), [a for a, _ in pairs], [b for _, b in pairs])
 
 
-def _flooded(box: _Box, seed: Indices, union: NDArray[np.uint8]) -> Indices:
-    """Give each voxel the seed that it is flooded from; the water rises from certain to doubtful voxels."""
-    depth = _depth(box)
+def _passes(box: _Box, depth: NDArray[np.float64], union: NDArray[np.uint8]) -> coo_array:
+    """Give the lowest ways between all voxels, a minimum spanning tree; low is certain, high is doubtful."""
     # equal probabilities, of which there are many, by the distance to the border; no weight may be 0
     level = 256.0 - union + 0.5 * (1 - depth / depth.max())
     weight = np.maximum(level[box.one], level[box.other])
-    seeds = np.flatnonzero(seed >= 0)
-    root = np.full(len(seeds), box.n)
-    ends = np.concatenate([box.one, root]), np.concatenate([box.other, seeds])
-    weights = np.concatenate([weight, np.full(len(seeds), 0.25)])  # below all others
-    tree = minimum_spanning_tree(coo_array((weights, ends), shape=(box.n + 1, box.n + 1))).tocoo()
-    kept = (tree.row != box.n) & (tree.col != box.n)
-    piece = groups(box.n, tree.row[kept], tree.col[kept])
+    return minimum_spanning_tree(box.graph(weight)).tocoo()
+
+
+def _flooded(passes: coo_array, seed: Indices) -> Indices:
+    """Give each voxel the seed that it is flooded from as the water rises."""
+    n, seeds = len(seed), np.flatnonzero(seed >= 0)
+    # a root below all seeds; where two of them meet, the highest pass between them is left out of the tree
+    ends = np.concatenate([passes.row, np.full(len(seeds), n)]), np.concatenate([passes.col, seeds])
+    weight = np.concatenate([passes.data, np.full(len(seeds), 0.25)])
+    tree = minimum_spanning_tree(coo_array((weight, ends), shape=(n + 1, n + 1))).tocoo()
+    kept = (tree.row != n) & (tree.col != n)
+    piece = groups(n, tree.row[kept], tree.col[kept])
     of_piece = np.full(int(piece.max()) + 1, -1)
     of_piece[piece[seeds]] = seed[seeds]
     label: Indices = of_piece[piece]
