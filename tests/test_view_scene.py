@@ -20,7 +20,7 @@ from synmlops.stages import view
 from synmlops.view.arrays import ViewedArray, sides_of
 from synmlops.view.scene import Sources, open_scene, start_of
 from synmlops.volumes.store import Grid, open_volume, write_hdf5
-from synmlops.volumes.table import read_table, write_table
+from synmlops.volumes.table import moved_voxels, read_table, write_table
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,19 @@ def test_a_coarser_or_smaller_volume_lies_at_its_place(files: Files, tmp_path: P
             state = layers.state_of(scene, start_of(scene)).to_json()
         layer = layer_of(state, "instances")  # whose file does not say that it has sides
         np.testing.assert_allclose(np.array(layer["source"][0]["transform"]["matrix"])[:, 3], corner)
+
+
+def test_boxes_of_sites_are_found_wherever_the_table_counts_from(files: Files) -> None:
+    meshes = pytest.importorskip("synmlops.view.meshes")
+    table = read_table(files.folder / "partners.parquet")
+    with open_scene(files.sources) as scene:
+        for counted in (
+            table,
+            moved_voxels(table, (5, 6, 7)),
+        ):  # as evaluate counts, from the whole volume's start
+            boxes = meshes.SiteBoxes(counted, scene.instances)
+            assert boxes.around(3) == boxes.around(4) == (slice(5, 11), slice(49, 75), slice(59, 81))
+            assert boxes.around(5) is None
 
 
 def test_of_many_lines_those_near_the_start_are_drawn(files: Files) -> None:

@@ -21,6 +21,7 @@ MOST_LINES = 5000
 """Lines travel with the viewer's state at each move; of a larger table, those near the start are drawn."""
 
 _PIXEL_NM = 3.0  # of the screen at the start: 1.5 micrometres across a panel of 500
+_LINES_NM = 200.0  # a line fades out this far above and below; by default it is seen where it crosses alone
 _SPACE_NM = 4000.0  # seen at the start in the 3-D panel
 _SAMPLE_ZYX = (5, 256, 256)  # voxels about the start from which the contrast is taken
 
@@ -65,9 +66,11 @@ def state_of(scene: Scene, start: Start) -> Any:
     middle = np.array(grid.offset_nm) / grid.voxel_nm + start.zyx + 0.5
     state.position = middle[::-1]
     state.cross_section_scale = _PIXEL_NM / finest
+    state.cross_section_depth = _LINES_NM / finest
     state.projection_scale = _SPACE_NM / finest
     state.layout = "xy-3d"
     state.show_slices = True
+    state.show_axis_lines = False  # they would hide the line at the start; the key A shows them
     for name, layer, visible in _layers(scene, start):
         state.layers.append(name=name, layer=layer, visible=visible)
     beside = next((name for name in ("partners", "probabilities") if name in state.layers), None)
