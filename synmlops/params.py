@@ -146,7 +146,7 @@ class EvaluateParams(Section):
     min_voxels: Size = 600  # a smaller instance is dropped
     side_threshold: Fraction = 0.5  # share of the union threshold that a side must reach
     min_side_voxels: Size = 100  # a smaller post piece is no partner
-    split: Literal["none", "pre", "watershed"] = "none"  # how touching synapses are taken apart
+    split: Literal["none", "pre", "watershed"] = "pre"  # how touching synapses are taken apart
     iou: Fraction = 0.5  # two instances match from here
     centroid_nm: Positive = 200.0  # ... or, in the second count, within this distance
     radius_nm: Positive = 400.0  # a partner matches if both ends are within this distance

@@ -26,7 +26,7 @@ from synmlops.volumes.table import edges_of, read_table
 
 GRID = Grid((40.0, 8.0, 8.0), (80.0, 0.0, 16.0))
 SHAPE = (8, 40, 48)
-PARAMS = EvaluateParams(min_voxels=20, side_threshold=0.5, min_side_voxels=3)
+PARAMS = EvaluateParams(min_voxels=20, side_threshold=0.5, min_side_voxels=3, split="none")
 
 
 def made_up(seed: int = 0) -> NDArray[np.uint8]:

@@ -22,7 +22,7 @@ from synmlops.volumes.prepared import Box
 from synmlops.volumes.store import Grid, open_volume, write_hdf5
 
 GRID = Grid((40.0, 8.0, 4.0), (400.0, 80.0, 12.0))
-PARAMS = EvaluateParams(min_voxels=4, side_threshold=0.6, min_side_voxels=2)
+PARAMS = EvaluateParams(min_voxels=4, side_threshold=0.6, min_side_voxels=2, split="none")
 THRESHOLD = 0.55
 
 
