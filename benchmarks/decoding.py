@@ -49,7 +49,7 @@ SHAPE_ZYX = (128, 1024, 1024)
 GRID = Grid((40.0, 8.0, 8.0))
 THRESHOLD = 0.5
 JOIN = 2  # voxels that the foreground grows by in plane before it is labelled
-PARAMS = EvaluateParams(min_voxels=128, side_threshold=1.0, min_side_voxels=0)
+PARAMS = EvaluateParams(min_voxels=128, side_threshold=1.0, min_side_voxels=0, split="none")
 SECTION_YX = {0.25: (1024, 1024), 1.0: (2048, 2048), 4.0: (4096, 4096)}
 
 
