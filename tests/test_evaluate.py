@@ -10,6 +10,7 @@ from tiny import make_blobs, tiny_params
 
 from synmlops.layout import RUN_FILE
 from synmlops.learning.checkpoint import read_meta
+from synmlops.learning.volume_prediction import Engine
 from synmlops.params import (
     CHANNELS,
     DataParams,
@@ -63,7 +64,11 @@ def _run(
     prepare.run(data, out=folders["prepared"])
     train.run(params, prepared=folders["prepared"], out=folders["models"], gpus=0)
     infer.run(
-        params, prepared=folders["prepared"], models=folders["models"], out=folders["predicted"], gpus=0
+        params,
+        prepared=folders["prepared"],
+        models=folders["models"],
+        out=folders["predicted"],
+        engine=Engine(gpus=0),
     )
     found = evaluate.run(
         params,
