@@ -91,7 +91,7 @@ def print_efficiency(seconds: float, per_worker: int) -> None:
         )
         print(f"| processes | {n} | {n * per_worker} | {share:.2f} |", flush=True)
     for n in (1, 2, 4):
-        with LocalCluster(n_workers=n, threads_per_worker=2, dashboard_address=None) as cluster:
+        with LocalCluster(n_workers=n, threads_per_worker=2, dashboard_address=":0") as cluster:
             address = cluster.scheduler_address
             share = _efficiency(
                 lambda job, todo, tell, address=address: run_dask(job, todo, address=address, tell=tell),
@@ -106,7 +106,7 @@ def print_scheduler(n_blocks: int) -> None:
     """Measure what very many blocks cost Dask's scheduler, which runs in this process."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=":0") as cluster,
     ):
         job = _job(Path(folder), StandIn(0, None), n_blocks)
         memory = psutil.Process(os.getpid()).memory_info

@@ -1,12 +1,13 @@
 """Fixtures that several test files share."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from tiny import TinyProject, make_blobs, pairs_in, tiny_params
 
+from synmlops.learning.allocator import keep_freed_memory
 from synmlops.params import DataParams
 from synmlops.stages.prepare import run as run_prepare
 from synmlops.volumes.prepared import ROLES
@@ -22,6 +23,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest; within a file the order stays."""
     rank = {name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.fixture(autouse=True)
+def memory_is_given_back() -> Iterator[None]:
+    """Undo what training and inference set for their process, which is that of all tests here."""
+    yield
+    keep_freed_memory(False)
 
 
 @pytest.fixture

@@ -219,7 +219,7 @@ def test_inspect_reports_a_broken_file_beside_a_good_one(run: Run, tmp_path: Pat
     outcome = run("inspect", good, broken)
     assert outcome.code == 2
     assert "10 x 48 x 48" in outcome.out
-    assert "broken.h5" in outcome.out
+    assert "broken.h5" in outcome.out.replace("\n", "")  # which wraps long paths
     assert run("inspect", good).code == 0
 
 

@@ -33,7 +33,7 @@ TOOLS = Path(__file__).with_name("block_tools.py")
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
     with LocalCluster(
-        n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None, host="127.0.0.1"
+        n_workers=2, threads_per_worker=2, processes=True, dashboard_address=":0", host="127.0.0.1"
     ) as made:
         made.get_client().run(sys.path.append, str(TOOLS.parent))
         yield made
@@ -217,7 +217,7 @@ def test_killed_at_any_moments_is_never_killed(processes: int, tmp_path: Path) -
 @pytest.mark.slow
 def test_a_dask_worker_that_is_killed_costs_no_block(tmp_path: Path) -> None:
     with LocalCluster(
-        n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None, host="127.0.0.1"
+        n_workers=2, threads_per_worker=2, processes=True, dashboard_address=":0", host="127.0.0.1"
     ) as cluster:
         cluster.get_client().run(sys.path.append, str(TOOLS.parent))
         job, outcome = a_job(tmp_path, seconds=0.1), Outcome()

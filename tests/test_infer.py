@@ -66,7 +66,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     root = tmp_path_factory.mktemp("infer")
     noise = np.random.default_rng(0).normal(size=(14, 100, 90))
     smooth = gaussian_filter(noise, (0.5, 2, 2))
-    image = (128 + 40 * smooth / smooth.std()).clip(0, 255).astype(np.uint8)
+    image = (128 + 40 * smooth / smooth.std()).clip(1, 254).astype(np.uint8)
     write_hdf5(root / "em.h5", {"main": image}, grid=GRID)
     return Case(image, root / "em.h5", write_model(root / "model.safetensors", 1))
 
@@ -102,7 +102,7 @@ def test_several_processes_are_one(case: Case, tmp_path: Path, suffix: str) -> N
 
 
 def test_dask_workers_are_one(case: Case, tmp_path: Path) -> None:
-    with LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=None, host="127.0.0.1") as cluster:
+    with LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=":0", host="127.0.0.1") as cluster:
         engine = Engine(gpus=0, scheduler=cluster.scheduler_address, block_zyx=BLOCK)
         [path] = infer(case, tmp_path, engine=engine)
     assert path.suffix == ".zarr"

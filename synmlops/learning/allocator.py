@@ -18,7 +18,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
     Parameters
     ----------
     keep : bool
-        False goes back to the defaults.
+        False goes back to the defaults, and gives back what was kept.
     """
     if sys.platform != "linux":
         return False
@@ -26,4 +26,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
     if not hasattr(library, "gnu_get_libc_version"):
         return False
     trim, maps = (_NEVER, 0) if keep else _DEFAULTS
-    return bool(library.mallopt(_TRIM_THRESHOLD, trim) and library.mallopt(_MMAP_MAX, maps))
+    done = bool(library.mallopt(_TRIM_THRESHOLD, trim) and library.mallopt(_MMAP_MAX, maps))
+    if not keep:
+        library.malloc_trim(0)
+    return done
