@@ -15,7 +15,6 @@ If the model file is not there, it is trained first, on the phantoms of params.y
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -40,7 +39,7 @@ from synmlops.learning.networks.report import gflop_per_megavoxel
 from synmlops.learning.sampling import train_regions
 from synmlops.learning.volume_prediction import Engine, predict_volume
 from synmlops.learning.windows import windows_over
-from synmlops.params import CHANNELS, InferParams, Params, load_params
+from synmlops.params import CHANNELS, InferParams, Params, PhantomParams, load_params
 from synmlops.stages.prepare import run as run_prepare
 from synmlops.synapses.partners import partners_of
 from synmlops.synapses.scores import Tables, decode, score_region
@@ -54,6 +53,7 @@ from synmlops.volumes.store import open_volume, write_hdf5
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 SHAPE = (32, 512, 512)
 WINDOW = (8, 256, 256)
+OURS = ["8,256,256:0", "8,256,256:0.125", "8,256,256:0.25", "8,256,256:0.5", "16,256,256:0", "32,256,256:0"]
 
 
 @dataclass
@@ -75,16 +75,23 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, default=Path("polarity.safetensors"))
     parser.add_argument("--steps", type=int, default=400, help="Of the training, if the model is not there.")
-    parser.add_argument("--overlaps", type=float, nargs="+", default=[0, 0.125, 0.25, 0.5])
+    parser.add_argument("--ours", nargs="+", default=OURS, help="Windows z,y,x:overlap of our side.")
+    parser.add_argument("--alone", action="store_true", help="Leave MONAI out.")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--seed", type=int, default=101, help="Of the phantom that is predicted.")
     args = parser.parse_args()
     if not args.model.exists():
         train(args.model, args.steps)
-    made = make_phantom(seed=args.seed, size_zyx=SHAPE)
-    sides = [Side("MONAI, overlap 0.5", monai, 7 * 3 * 3)]
-    for overlap in args.overlaps:
-        sides.append(Side(f"synmlops, overlap {overlap:g}", Ours(overlap), _windows(overlap)))
+    phantom = PhantomParams(size_zyx=SHAPE).model_dump(
+        exclude={"train_seeds", "validation_seeds", "test_seeds"}
+    )
+    made = make_phantom(seed=args.seed, **phantom)
+    sides = [] if args.alone else [Side("MONAI 8,256,256:0.5", monai, 7 * 3 * 3)]
+    for given in args.ours:
+        window, _, overlap = given.partition(":")
+        z, y, x = map(int, window.split(","))
+        params = InferParams(window_zyx=(z, y, x), overlap=float(overlap))
+        sides.append(Side(f"synmlops {given}", Ours(params), _windows(params)))
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "em.h5"
         write_hdf5(image, {"main": made.image}, grid=made.grid)
@@ -97,17 +104,16 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Ours:
-    """Our side with an overlap."""
+    """Our side with a window and an overlap."""
 
-    overlap: float
+    params: InferParams
 
     def __call__(self, model: Path, image: Path, out: Path) -> None:
         """Predict as `synmlops infer` does."""
         with open_volume(image) as volume:
             assert volume.grid is not None
             source = Source(str(image), Box((0, 0, 0), SHAPE), volume.grid)
-        params = InferParams(window_zyx=WINDOW, overlap=self.overlap)
-        assert predict_volume(source, [model], out, params=params, engine=Engine())
+        assert predict_volume(source, [model], out, params=self.params, engine=Engine())
 
 
 def monai(model: Path, image: Path, out: Path) -> None:
@@ -193,15 +199,15 @@ def _take_turn(side: Side, model: Path, image: Path) -> None:
 def _clocked(run: Callable[..., None], model: Path, image: Path, out: Path, told: Any) -> None:
     began = time.perf_counter()
     run(model, image, out)
-    told.send((time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    seconds = time.perf_counter() - began
+    # not ru_maxrss, which a process takes over from the one that started it
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    told.send((seconds, int(status["VmHWM"].split()[0]) / 1024))
 
 
-def _windows(overlap: float) -> int:
+def _windows(params: InferParams) -> int:
     axes = windows_over(
-        Box((0, 0, 0), SHAPE),
-        shape_zyx=SHAPE,
-        pool_zyx=NETWORK.total_pool_zyx(),
-        params=InferParams(window_zyx=WINDOW, overlap=overlap),
+        Box((0, 0, 0), SHAPE), shape_zyx=SHAPE, pool_zyx=NETWORK.total_pool_zyx(), params=params
     )
     return int(np.prod([len(axis) for axis in axes]))
 
