@@ -12,8 +12,9 @@ repro: install
 	dvc repro
 	@synmlops scores
 
+# threads that wait spin by default, and there are as many for each process as there are cores
 test: install
-	pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: install
 	ruff format --check .
