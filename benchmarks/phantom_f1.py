@@ -12,12 +12,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from baselines import phantom_volume, random_forest, smoothed_intensity
+from numpy.typing import NDArray
 
 from synmlops.layout import EVALUATED, MODELS, WHOLE, model_file
-from synmlops.learning.checkpoint import Model, load_model
+from synmlops.learning.checkpoint import load_model
 from synmlops.learning.predict import predict_array
-from synmlops.params import CHANNELS, Params, PhantomParams, SynmlopsError, load_params
+from synmlops.params import CHANNELS, EvaluateParams, PhantomParams, SynmlopsError, load_params
 from synmlops.synapses.partners import partners_of
 from synmlops.synapses.scores import Scores, Tables, decode, score_region
 from synmlops.synapses.voxels import voxel_histograms
@@ -63,7 +65,9 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|")
     for trial, dark_f1, forest_f1 in zip(trials, dark, forest, strict=True):
-        scores = _score(model, trial, threshold=point["threshold"], params=params).flat()
+        made = _make(trial)
+        probabilities = predict_array(model, made.image, params=params.infer)
+        scores = score(probabilities, made, threshold=point["threshold"], params=params.evaluate).flat()
         print(
             f"| {trial.name} | {scores['voxel_union_f1']:.3f} | {dark_f1:.3f} | {forest_f1:.3f} "
             f"| {scores['detection_f1']:.3f} | {scores['direction_accuracy']:.3f} "
@@ -71,22 +75,21 @@ def main() -> None:
         )
 
 
-def _score(model: Model, trial: Trial, *, threshold: float, params: Params) -> Scores:
-    made = _make(trial)
-    probabilities = predict_array(model, made.image, params=params.infer)
+def score(
+    probabilities: NDArray[np.uint8], made: Phantom, *, threshold: float, params: EvaluateParams
+) -> Scores:
+    """Score probabilities of a phantom, partners with its neuron ids."""
     histograms = voxel_histograms(
         probabilities, sides_of(made.labels, "pairs"), names=CHANNELS, known=CHANNELS
     )
-    instances = decode(
-        probabilities, threshold=threshold, params=params.evaluate, voxel_nm=made.grid.voxel_nm
-    )
+    instances = decode(probabilities, threshold=threshold, params=params, voxel_nm=made.grid.voxel_nm)
     predicted = partners_of(
         instances,
         voxel_nm=made.grid.voxel_nm,
         offset_nm=made.grid.offset_nm,
         probabilities_czyx=probabilities,
         neurons=made.neurons,
-        min_side_voxels=params.evaluate.min_side_voxels,
+        min_side_voxels=params.min_side_voxels,
     )
     return score_region(
         histograms,
@@ -95,7 +98,7 @@ def _score(model: Model, trial: Trial, *, threshold: float, params: Params) -> S
         threshold=threshold,
         voxel_nm=made.grid.voxel_nm,
         tables=Tables(predicted, made.partners, with_neurons=True),
-        params=params.evaluate,
+        params=params,
     )
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from incumbent_unet import PlainPlusUNet
 from numpy.typing import NDArray
+from phantom_f1 import score
 from training_step import NETWORK
 
 from synmlops.learning.block_prediction import Source
@@ -41,8 +42,6 @@ from synmlops.learning.volume_prediction import Engine, predict_volume
 from synmlops.learning.windows import windows_over
 from synmlops.params import CHANNELS, InferParams, Params, PhantomParams, load_params
 from synmlops.stages.prepare import run as run_prepare
-from synmlops.synapses.partners import partners_of
-from synmlops.synapses.scores import Tables, decode, score_region
 from synmlops.synapses.voxels import voxel_histograms
 from synmlops.volumes.phantom import Phantom, make_phantom
 from synmlops.volumes.prepared import Box
@@ -236,30 +235,11 @@ def _table(sides: list[Side], made: Phantom) -> str:
 
 def _scores(probabilities: NDArray[np.uint8], made: Phantom) -> tuple[float, float, float]:
     """Give F1 of union voxels at their best threshold, of synapses and of partners at that."""
-    params = load_params(PARAMS).evaluate
-    histograms = voxel_histograms(
-        probabilities, sides_of(made.labels, "pairs"), names=CHANNELS, known=CHANNELS
-    )
+    sides = sides_of(made.labels, "pairs")
+    histograms = voxel_histograms(probabilities, sides, names=CHANNELS, known=CHANNELS)
     threshold = histograms["union"].best_threshold()
-    instances = decode(probabilities, threshold=threshold, params=params)
-    predicted = partners_of(
-        instances,
-        voxel_nm=made.grid.voxel_nm,
-        offset_nm=made.grid.offset_nm,
-        probabilities_czyx=probabilities,
-        neurons=made.neurons,
-        min_side_voxels=params.min_side_voxels,
-    )
-    flat = score_region(
-        histograms,
-        instances,
-        made.labels,
-        threshold=threshold,
-        voxel_nm=made.grid.voxel_nm,
-        tables=Tables(predicted, made.partners, with_neurons=True),
-        params=params,
-    ).flat()
-    return flat["voxel_union_f1"], flat["detection_f1"], flat["partner_neurons_f1"]
+    found = score(probabilities, made, threshold=threshold, params=load_params(PARAMS).evaluate).flat()
+    return found["voxel_union_f1"], found["detection_f1"], found["partner_neurons_f1"]
 
 
 if __name__ == "__main__":

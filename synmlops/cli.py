@@ -2,16 +2,18 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from synmlops.layout import EVALUATED, MODELS, PREDICTED, PREPARED, RUN_FILE, WHOLE, model_file
 from synmlops.params import IncompleteError, Params, SynmlopsError, load_params
 from synmlops.progress import say
+
+_Number = TypeVar("_Number", int, float)
 
 app = typer.Typer(
     help="Find synaptic partners in electron-microscopy volumes and keep every experiment comparable.",
@@ -204,16 +206,14 @@ def infer(
         record = stage.run(settings, prepared=prepared, models=models, out=out, engine=engine)
         typer.echo(f"probabilities in {out}; run {record.key}")
         return
-    if format not in (None, "h5", "zarr"):
-        raise SynmlopsError(f"--format {format}: must be h5 or zarr")
     written = stage.run_on_images(
         image,
         models=model or [str(models / "model.safetensors")],
         out=out,
         params=settings.infer,
-        engine=Engine(gpus, processes, scheduler, _part(part), _three_voxels(block)),
+        engine=Engine(gpus, processes, scheduler, _part(part), _three_voxels("--block", block, least=1)),
         view=stage.View(_three_numbers(voxel_nm), stage.parse_roi(roi) if roi else None, mask, resample),
-        suffix=format and f".{format}",
+        suffix=_suffix(format),
     )
     for path in written:
         typer.echo(path)
@@ -265,9 +265,7 @@ def decode(
     """Turn probabilities of any size into instances, partner table and edges, block by block."""
     from synmlops.stages import decode as stage
 
-    if format not in (None, "h5", "zarr"):
-        raise SynmlopsError(f"--format {format}: must be h5 or zarr")
-    settings = load_params(params).evaluate
+    suffix, settings = _suffix(format), load_params(params).evaluate
     chosen = stage.choose_threshold(
         threshold, params=settings, operating_point=evaluated / "operating_point.json", fold=fold
     )
@@ -278,9 +276,9 @@ def decode(
         params=settings,
         threshold=chosen.value,
         neurons=neurons,
-        block_zyx=_three_voxels(block) or stage.BLOCK_ZYX,
+        block_zyx=_three_voxels("--block", block, least=1) or stage.BLOCK_ZYX,
         processes=processes,
-        suffix=format and f".{format}",
+        suffix=suffix,
     )
     say(written.notes)
     typer.echo(written.summary)
@@ -333,7 +331,7 @@ def view(
     }
     stage.run(
         stage.sources_of(found, given, voxel_nm=_three_numbers(voxel_nm)),
-        at_zyx=_voxel(at),
+        at_zyx=_three_voxels("--at", at, least=0),
         site=site,
         bind=bind,
         port=port,
@@ -558,35 +556,32 @@ def _given_volumes(params: Params, image: str | None, label: str | None, kind: s
 
 
 def _three_numbers(text: str | None) -> tuple[float, float, float] | None:
+    return None if text is None else _triple("--voxel-nm", text, float, "three numbers, such as 40,8,8")
+
+
+def _three_voxels(option: str, text: str | None, *, least: int) -> tuple[int, int, int] | None:
     if text is None:
         return None
+    found = _triple(option, text, int, "three whole numbers z,y,x, such as 64,512,512")
+    if min(found) < least:
+        raise SynmlopsError(f"{option} {text}: must not be below {least}")
+    return found
+
+
+def _triple(
+    option: str, text: str, kind: Callable[[str], _Number], wanted: str
+) -> tuple[_Number, _Number, _Number]:
     try:
-        z, y, x = (float(part) for part in text.split(","))
+        z, y, x = (kind(part) for part in text.split(","))
     except ValueError as error:
-        raise SynmlopsError(f"--voxel-nm {text}: give three numbers, such as 40,8,8") from error
+        raise SynmlopsError(f"{option} {text}: give {wanted}") from error
     return z, y, x
 
 
-def _three_voxels(text: str | None) -> tuple[int, int, int] | None:
-    if text is None:
-        return None
-    try:
-        z, y, x = (int(part) for part in text.split(","))
-    except ValueError as error:
-        raise SynmlopsError(f"--block {text}: give three whole numbers, such as 64,512,512") from error
-    if min(z, y, x) < 1:
-        raise SynmlopsError(f"--block {text}: must be positive")
-    return z, y, x
-
-
-def _voxel(text: str | None) -> tuple[int, int, int] | None:
-    if text is None:
-        return None
-    try:
-        z, y, x = (int(part) for part in text.split(","))
-    except ValueError as error:
-        raise SynmlopsError(f"--at {text}: give the voxel as z,y,x, such as 16,200,180") from error
-    return z, y, x
+def _suffix(format: str | None) -> str | None:
+    if format not in (None, "h5", "zarr"):
+        raise SynmlopsError(f"--format {format}: must be h5 or zarr")
+    return format and f".{format}"
 
 
 def _part(text: str | None) -> tuple[int, int]:

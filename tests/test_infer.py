@@ -28,7 +28,7 @@ from synmlops.synapses.instances import decode_pairs, sites_of
 from synmlops.synapses.matching import match_overlaps, overlaps_of
 from synmlops.volumes.prepared import Box
 from synmlops.volumes.probabilities import read_probabilities
-from synmlops.volumes.resampled import Resampled, resampled_grid
+from synmlops.volumes.resampled import Resampled
 from synmlops.volumes.store import Grid, open_volume, write_hdf5
 from synmlops.volumes.zarr import create_zarr
 
@@ -255,7 +255,7 @@ def test_resampled_parts_are_the_resampled_whole(factor: tuple[float, float, flo
         means = image[:, :30, :39].reshape(6, 15, 2, 13, 3).mean((2, 4))
         assert np.abs(whole - means).max() <= 0.51
     ramp = np.broadcast_to(np.arange(40) * 100.0 + 50, (6, 31, 40)).astype(np.uint16)
-    world = resampled_grid(Grid((1, 1, 1)), factor)
+    world = Grid((1, 1, 1)).pooled(factor)
     at = world.offset_nm[2] + np.arange(seen.shape[2]) * world.voxel_nm[2]
     inner = (at > 0.5) & (at < 38.5)
     middle = Resampled(ramp, factor)[(slice(None),) * 3][0, 0]

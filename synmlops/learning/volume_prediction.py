@@ -120,8 +120,8 @@ def predict_volume(
             [load_model(path) for path in models], shape_zyx=seen.shape, region=region, params=params
         )
         block = engine.block_of(predictor.cell_zyx, region)
-        facts = _facts(source, params) | {"models": digests, "block_zyx": block}
-        folder.begin(facts | {"shape_zyx": seen.shape})
+        own = {"models": digests, "block_zyx": block, "shape_zyx": seen.shape}
+        folder.begin(_facts(source, params) | own)
         grey = measure_grey(seen, region) if params.intensity == "volume" else None
     for path, copy in zip(models, kept, strict=True):
         _copy(path, copy)

@@ -19,7 +19,7 @@ from synmlops.tracking.runs import StageRun
 from synmlops.volumes.files import atomic_folder, sha256_of
 from synmlops.volumes.labels import IMAGE_DTYPES, check_image
 from synmlops.volumes.prepared import Box, read_manifest
-from synmlops.volumes.resampled import Resampled, resampled_grid
+from synmlops.volumes.resampled import Resampled
 from synmlops.volumes.store import Grid, Volume, open_volume, split_joined
 
 VALIDATED_ROLES = ("validation", "test")
@@ -233,7 +233,7 @@ def _source(image: str, view: View, *, model_nm: tuple[float, float, float]) -> 
     return Source(
         _absolute(image),
         Box(_three(starts), _three(stops)),
-        resampled_grid(grid, factors),
+        grid.pooled(factors),
         factors,
         view.mask and _absolute(view.mask),
     )

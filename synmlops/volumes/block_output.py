@@ -4,17 +4,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from synmlops.params import SCALE, SynmlopsError
+from synmlops.params import SynmlopsError
 from synmlops.volumes.files import plain_write_errors
 from synmlops.volumes.prepared import Box
-from synmlops.volumes.probabilities import DATASET
-from synmlops.volumes.store import Grid, hdf5_writer, open_volume
-from synmlops.volumes.zarr import create_zarr, open_zarr_writer
+from synmlops.volumes.probabilities import DATASET, probabilities_writer
+from synmlops.volumes.store import Grid, open_volume
+from synmlops.volumes.zarr import ZarrWriter, create_zarr, open_zarr_writer
 
 CHUNK_BYTES = 2**20
 """A chunk of a Zarr is halved until it has no more: what a viewer reads for one look."""
@@ -29,7 +29,7 @@ class BlockOutput(Protocol):
 
 @dataclass(frozen=True)
 class _Zarr:
-    writer: Any
+    writer: ZarrWriter
 
     def write(self, box: Box, probabilities: NDArray[np.uint8]) -> None:
         self.writer.write((slice(0, len(probabilities)), *box.slices), probabilities)
@@ -97,9 +97,8 @@ def create_output(
             if not path.exists():  # else another process was first
                 raise
         return
-    attrs = {"scale": SCALE, "channels": list(channels)}
-    with hdf5_writer(path, {DATASET: (shape, np.uint8)}, grid=grid, attrs=attrs) as made:
-        made[DATASET][(-1,) * 4] = 0  # which gives all voxels their place
+    with probabilities_writer(path, shape_zyx, channels=channels, grid=grid) as made:
+        made[(-1,) * 4] = 0  # which gives all voxels their place
     with plain_write_errors(path), path.open("r+b") as file:
         offset = _offset_of(path)
         # a full disk is told of now, not as the death of whoever writes into the map

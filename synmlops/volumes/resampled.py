@@ -7,8 +7,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from synmlops.volumes.store import Grid
-
 
 class _Image(Protocol):
     @property
@@ -22,7 +20,7 @@ class Resampled:
     """A z, y, x image of integers at voxels `factor_zyx` times as large.
 
     Larger voxels are the mean of the tissue that they cover, smaller ones are interpolated linearly between
-    the middles of the old. Any region comes out as it would of the whole.
+    the middles of the old. Any region comes out as it would of the whole; its grid is `Grid.pooled`.
 
     Parameters
     ----------
@@ -59,22 +57,6 @@ class Resampled:
             if self._factors[axis] != 1:
                 values = np.moveaxis(np.tensordot(weights, values, (1, axis)), 0, axis)
         return np.rint(values).astype(self.dtype)
-
-
-def resampled_grid(grid: Grid, factor_zyx: Sequence[float]) -> Grid:
-    """Give the grid of larger or smaller voxels that begin where the old ones do.
-
-    Examples
-    --------
-    >>> resampled_grid(Grid((40.0, 4.0, 4.0)), (1, 2, 2))
-    Grid(voxel_nm=(40.0, 8.0, 8.0), offset_nm=(0.0, 2.0, 2.0))
-    """
-    z, y, x = (size * factor for size, factor in zip(grid.voxel_nm, factor_zyx, strict=True))
-    oz, oy, ox = (
-        at + (factor - 1) / 2 * size
-        for at, factor, size in zip(grid.offset_nm, factor_zyx, grid.voxel_nm, strict=True)
-    )
-    return Grid((z, y, x), (oz, oy, ox))
 
 
 def _weights(wanted: range, factor: float, size: int) -> tuple[int, NDArray[np.float32]]:

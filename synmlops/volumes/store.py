@@ -42,8 +42,8 @@ class Grid:
         )
         return Grid(self.voxel_nm, (z, y, x))
 
-    def pooled(self, pool_zyx: tuple[int, int, int]) -> "Grid":
-        """Give the grid after pooling; a new voxel lies in the middle of those it covers.
+    def pooled(self, pool_zyx: tuple[float, float, float]) -> "Grid":
+        """Give the grid of voxels so many times as large; a new voxel lies in the middle of those it covers.
 
         Examples
         --------
