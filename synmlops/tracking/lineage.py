@@ -147,8 +147,8 @@ def changed_code(status: Iterable[str]) -> tuple[str, ...]:
 
     Examples
     --------
-    >>> changed_code([" M synmlops/cli.py", " M params.yaml", "?? notes.txt", "?? synmlops/new.py"])
-    ('synmlops/cli.py', 'synmlops/new.py')
+    >>> changed_code([" M synmlops/cli/tools.py", " M params.yaml", "?? notes.txt", "?? synmlops/new.py"])
+    ('synmlops/cli/tools.py', 'synmlops/new.py')
     """
     changed = []
     for line in status:
