@@ -17,8 +17,8 @@ from synmlops.learning.sampling import train_regions
 from synmlops.learning.trainer import Recipe
 from synmlops.params import AugmentParams, Params, SynmlopsError
 from synmlops.stages.patches import alone, run
-from synmlops.tracking.figures import COLOURS
 from synmlops.volumes.prepared import UNTRUSTED, Manifest
+from synmlops.volumes.tint import COLOURS
 
 
 def _with(params: Params, **augment: object) -> Params:

@@ -10,34 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from pydantic import BaseModel
-from scipy.ndimage import binary_erosion
 
 from synmlops.learning.distributed import Ranks, pick_device
 from synmlops.learning.look import Look, look_at
 from synmlops.learning.loop import Recipe, feed_of
 from synmlops.learning.sampling import train_regions
 from synmlops.params import AugmentParams, Params, SynmlopsError
-from synmlops.tracking.figures import COLOURS
 from synmlops.volumes.files import atomic_path
-from synmlops.volumes.prepared import (
-    POST,
-    PRE,
-    SIDE_UNKNOWN,
-    UNTRUSTED,
-    Fold,
-    Manifest,
-    read_manifest,
-)
+from synmlops.volumes.prepared import Fold, Manifest, read_manifest
+from synmlops.volumes.tint import CODES, COLOURS, UNTRUSTED_COLOUR, Rgb, tinted
 
-Rgb = NDArray[np.uint8]
-
-_CODES = {"pre": PRE, "post": POST, "union": SIDE_UNKNOWN}
-_UNTRUSTED_COLOUR = "#d0342c"
 _TILE = 256  # pixels that the longer side of a section takes at least
 _GAP, _LINE, _TICK = 10, 20, 8  # pixels
 _TICK_COLOUR = "#f7d84a"
 _GREY_RANGE = 3.0  # standard deviations from black to mid grey, and on to white
-_FILL = 0.35  # opacity
 _COLUMNS = ("image", "its target", "image as seen", "target as seen", "loss weight")
 _INK, _SOFT, _PAPER = "#1c2126", "#5b636b", "#ffffff"
 
@@ -180,7 +166,7 @@ def _changed_section(look: Look) -> tuple[int, int]:
 
 
 def _foreground(sides: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    return np.isin(sides, tuple(_CODES.values()))
+    return np.isin(sides, tuple(CODES.values()))
 
 
 def draw_sheet(rows: Sequence[_Row], *, heading: str, voxel_nm: tuple[float, float, float]) -> Image.Image:
@@ -216,7 +202,7 @@ def _draw_legend(
     pen: ImageDraw.ImageDraw, at: tuple[int, int], font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> None:
     x, y = at
-    for name, colour in {**COLOURS, "not trusted": _UNTRUSTED_COLOUR}.items():
+    for name, colour in {**COLOURS, "not trusted": UNTRUSTED_COLOUR}.items():
         pen.rectangle((x, y + 3, x + 12, y + 14), fill=colour)
         pen.text((x + 18, y), name, fill=_SOFT, font=font)
         x += 18 + int(font.getlength(name)) + 2 * _GAP
@@ -235,9 +221,9 @@ def _tiles_of(row: _Row, voxel_nm: tuple[float, float, float]) -> list[Rgb]:
     seen_at = (row.seen_section, _telling_line(look.seen_sides[row.seen_section]))
     volumes = (
         (before, at),
-        (_overlaid(before, look.sides), at),
+        (tinted(before, look.sides), at),
         (after, seen_at),
-        (_overlaid(after, look.seen_sides), seen_at),
+        (tinted(after, look.seen_sides), seen_at),
         (_weight_colours(look.weight), seen_at),
     )
     return [_tile(colours, *where, voxel_nm) for colours, where in volumes]
@@ -267,21 +253,6 @@ def _grey(image: NDArray[np.float32]) -> Rgb:
     """Show normalised intensity on a scale that is the same before and after."""
     grey = ((image / _GREY_RANGE + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
     return grey[..., None].repeat(3, axis=-1)
-
-
-def _overlaid(grey: Rgb, sides: NDArray[np.uint8]) -> Rgb:
-    """Tint the sides and draw their outlines; hatch what is not trusted."""
-    shown = grey.copy()
-    for name, code in _CODES.items():
-        where = sides == code
-        colour = np.array(ImageColor.getrgb(COLOURS[name]))
-        inside = binary_erosion(where, structure=np.ones((1, 3, 3), bool))
-        shown[where] = ((1 - _FILL) * shown[where] + _FILL * colour).astype(np.uint8)
-        shown[where & ~inside] = colour
-    stripes = sum(np.ogrid[tuple(slice(n) for n in sides.shape)]) % 8 == 0
-    hatched = (sides == UNTRUSTED) & stripes
-    shown[hatched] = ImageColor.getrgb(_UNTRUSTED_COLOUR)
-    return shown
 
 
 def _weight_colours(weight: NDArray[np.float32]) -> Rgb:

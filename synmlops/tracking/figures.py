@@ -13,8 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-COLOURS = {"pre": "#2a8fd0", "post": "#e08214", "union": "#8a63c9"}
-"""Blue, orange and purple after Okabe and Ito, of a lightness that reads on white and on black."""
+from synmlops.volumes.tint import COLOURS
 
 Floats = NDArray[np.float64]
 
