@@ -55,9 +55,9 @@ def plain_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def three_numbers(text: str | None) -> tuple[float, float, float] | None:
-    """Read --voxel-nm."""
-    return None if text is None else _triple("--voxel-nm", text, float, "three numbers, such as 40,8,8")
+def three_numbers(text: str | None, option: str = "--voxel-nm") -> tuple[float, float, float] | None:
+    """Read an option of three numbers."""
+    return None if text is None else _triple(option, text, float, "three numbers, such as 40,8,8")
 
 
 def three_voxels(option: str, text: str | None, *, least: int) -> tuple[int, int, int] | None:
