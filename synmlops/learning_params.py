@@ -20,20 +20,23 @@ from synmlops.section import (
 STATED = ("total_pool_zyx", "receptive_field_zyx")
 """Options by which a network of the user's own says what the levels do not."""
 
+_OF_ZEROS = ("residual_unet", "light_unet")  # networks without a choice of padding and pooling
+_OF_PYTC = ("plus_unet", "pytc_unet")  # PyTorch Connectomics' networks
+
 
 class NetworkParams(Section):
     """A 3-D encoder-decoder, from full resolution (level 0) down."""
 
-    name: str = (
-        "residual_unet"  # residual_unet, light_unet, plus_unet, or a function of yours: my_pkg.my_net:build
-    )
+    name: str = "residual_unet"  # or light_unet, plus_unet, pytc_unet, or yours: my_pkg.my_net:build
     stem_zyx: Zyx = (1, 4, 4)  # voxels folded into channels at the input and unfolded at the output
     widths: Annotated[tuple[Count, ...], Field(min_length=1)] = (48, 64, 96)  # channels, one per level
     kernels: tuple[Zyx, ...] = ((1, 3, 3), (3, 3, 3), (3, 3, 3))  # one per level
     pools: tuple[Zyx, ...] = ((1, 2, 2), (2, 2, 2))  # between levels: one fewer
     blocks: Count = 1  # residual blocks of two convolutions per level and side
     norm: Literal["group", "batch", "instance"] = "group"
-    activation: Literal["relu", "silu", "elu"] = "relu"
+    activation: Literal["relu", "silu", "elu", "leaky_relu", "gelu", "none"] = "relu"
+    padding: Literal["zeros", "replicate", "reflect", "circular"] | None = None  # null: the network's own
+    pooling: bool = False  # plus_unet, pytc_unet: max pooling between levels instead of strided convolutions
     squeeze_excite: bool = False  # each residual block weighs its channels by their means over the patch
     deep_supervision: Size = 0  # coarser levels of the decoder that training gives a loss of their own
     exclusive: bool = False  # softmax over background, pre and post, instead of a sigmoid for each channel
@@ -72,6 +75,22 @@ class NetworkParams(Section):
                 raise ValueError(
                     f"network.options.{key}: must be three numbers of voxels from 1, z y x, got {value!r}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _borders_and_pools_are_known(self) -> Self:
+        if self.name not in _OF_ZEROS:
+            return self
+        if self.padding not in (None, "zeros"):
+            raise ValueError(
+                f"network.padding: {self.name} has zeros beyond the image, got {self.padding}; use null, or "
+                "network.name: pytc_unet"
+            )
+        if self.pooling:
+            raise ValueError(
+                f"network.pooling: {self.name} has strided convolutions alone; use false, or network.name: "
+                "pytc_unet"
+            )
         return self
 
     def stated_zyx(self, key: str) -> tuple[int, int, int] | None:
@@ -116,8 +135,8 @@ class NetworkParams(Section):
         return z, y, x
 
     def _receptive_field(self, axis: int) -> int:
-        if self.name == "plus_unet":
-            return self._receptive_field_of_plus(axis)
+        if self.name in _OF_PYTC:
+            return self._receptive_field_of_pytc(axis)
         step = self.stem_zyx[axis]
         reach = self.kernels[0][axis] // 2 * step  # the stem's convolution, then those of the blocks
         for level, kernel in enumerate(self.kernels):
@@ -127,16 +146,18 @@ class NetworkParams(Section):
                 step *= self.pools[level][axis]
         return 2 * reach + step
 
-    def _receptive_field_of_plus(self, axis: int) -> int:
-        """Count strided convolutions on the way down, and interpolation on the way up."""
+    def _receptive_field_of_pytc(self, axis: int) -> int:
+        """Count what leads down and the blocks, and interpolation on the way up."""
         half = [kernel[axis] // 2 for kernel in self.kernels]
         in_blocks = [0 if axis == 0 else 2 * self.blocks * n for n in half]  # residual blocks are flat
         is_flat = axis == 0 and any(kernel[0] == 1 for kernel in self.kernels)
         reach, step = 0 if is_flat else 2 * 2, 1  # of the first and the last convolution, five voxels wide
         reach += half[0] + in_blocks[0]
         for level, pool in enumerate(self.pools, start=1):
-            reach += (half[level] + in_blocks[level]) * step  # into this level, and the blocks above it
+            reach += in_blocks[level] * step  # the blocks above this level, which have its kernel
+            into = step  # a strided convolution
             step *= pool[axis]
+            reach += half[level] * (step if self.pooling else into)
             # the blocks of this level, and up from it: a convolution, and a voxel beside by interpolation
             reach += (in_blocks[level] + half[level] + 1) * step
         return 2 * reach + step
@@ -283,6 +304,9 @@ class LossParams(Section):
 
     bce: NonNegative = 1.0  # binary cross-entropy with foreground weighting
     dice: NonNegative = 0.5
+    # channel: a ratio for each channel over all patches, of squared probabilities; sample: one for each patch
+    # over its channels together, as PyTorch Connectomics has it
+    dice_form: Literal["channel", "sample"] = "channel"
     focal: NonNegative = 0.0
     focal_gamma: NonNegative = 2.0
     tversky: NonNegative = 0.0
@@ -293,6 +317,10 @@ class LossParams(Section):
     overlap: NonNegative = 0.0  # penalty where pre and post are both likely
     coarse: Fraction = 0.5  # weight of each coarser level under deep supervision, against the level before it
     foreground_weight_clip: tuple[Share, Share] = (0.2, 0.8)  # of the foreground share
+    # foreground of all channels among the known voxels of all channels, or of one: what PyTorch Connectomics
+    # divides by without a mask, and with one
+    foreground_share: Literal["planes", "voxels"] = "planes"
+    foreground_margin: Size = 0  # voxels in plane about the foreground of bce that weigh as it does
 
     @model_validator(mode="after")
     def _something_to_descend(self) -> Self:
@@ -306,6 +334,15 @@ class LossParams(Section):
             raise ValueError(f"loss.foreground_weight_clip: {low} is more than {high}; swap the two")
         if self.tversky and not any(self.tversky_weights):
             raise ValueError("loss.tversky_weights: both are 0, so no mistake would count; use [0.3, 0.7]")
+        return self
+
+    @model_validator(mode="after")
+    def _options_are_read(self) -> Self:
+        if self.foreground_margin and not self.bce:
+            raise ValueError(
+                f"loss.foreground_margin: {self.foreground_margin} is read by bce alone, which is 0; "
+                "use 0, or give bce a weight"
+            )
         return self
 
 
@@ -325,6 +362,29 @@ class InferParams(WindowParams):
     views: Literal[1, 4, 8, 16] = 1  # of each window: turned by flips in plane, with quarter turns, and in z
     merge: Literal["mean", "min", "max"] = "mean"  # of the views' and the models' probabilities
     intensity: Literal["training", "volume"] = "training"  # whose grey levels are taken for 0 and 1
+    blend: Literal["none", "gaussian", "bump"] = "none"  # weights with which overlapping windows add up
+    stride_zyx: Zyx | None = None  # voxels from one blended window to the next; null: by overlap
+
+    @model_validator(mode="after")
+    def _blending_makes_sense(self) -> Self:
+        if self.blend != "none" and self.fade:
+            raise ValueError(
+                f"infer.fade: {self.fade} and infer.blend: {self.blend} are two ways to join windows; use one"
+            )
+        if self.stride_zyx is None:
+            return self
+        if self.blend == "none":
+            raise ValueError(
+                f"infer.stride_zyx: {list(self.stride_zyx)} is read where windows are blended; "
+                "use null and infer.overlap, or infer.blend: gaussian"
+            )
+        for axis, stride, window in zip("zyx", self.stride_zyx, self.window_zyx, strict=True):
+            if stride > window:
+                raise ValueError(
+                    f"infer.stride_zyx: {axis}={stride} leaves gaps between windows of {window}; "
+                    f"use {window} or less"
+                )
+        return self
 
     @model_validator(mode="after")
     def _views_fit_window(self) -> Self:
@@ -350,6 +410,10 @@ class TrainParams(Section):
     milestone_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1  # ... by this factor each time
     poly_power: Positive = 0.9
     warmup_steps: Size = 80
+    warmup_from: Fraction = 0.0  # share of the learning rate that the warm-up begins with
+    # before: the schedule begins after the warm-up; within: they begin together and multiply, steps counted
+    # from 0, as in Detectron2 and PyTorch Connectomics
+    warmup_form: Literal["before", "within"] = "before"
     gradient_clip: Positive = 1.0  # greatest norm
     accumulate: Count = 1  # parts that a process takes its share of the batch in, for less memory
     ema: Annotated[float, Field(ge=0, lt=1)] = (

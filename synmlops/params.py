@@ -49,6 +49,7 @@ __all__ = [
     "NetworkParams",
     "Params",
     "PhantomParams",
+    "PolarityParams",
     "Precision",
     "SamplingParams",
     "Section",
@@ -117,6 +118,7 @@ class DataParams(Section):
     """Where the volumes come from: a phantom, or files for each role, or files and a split by region."""
 
     voxel_nm: Nm | None = None  # z y x; overrides what the files say
+    grey: tuple[float, Positive] | None = None  # level and range taken for 0 and 1; null: mean and deviation
     pool_zyx: Zyx = (1, 1, 1)  # mean pooling of the image (and any-of pooling of labels) in prepare
     phantom: PhantomParams | None = None
     train: VolumeSet | None = None
@@ -139,14 +141,35 @@ class DataParams(Section):
         return self
 
 
+class PolarityParams(Section):
+    """What the rule `polarity` reads beside `threshold`; see `synmlops.synapses.pytc_decoding`."""
+
+    min_voxels: Size = 128  # a smaller object of one side is dropped
+    dilate_yx: Annotated[int, Field(ge=1)] = 5  # side of the box by which the union grows before labelling
+    exclusive: bool = False  # a voxel is what is likeliest: background, pre or post; no threshold
+    semantic: bool = False  # 1 for pre and 2 for post instead of instances; `synmlops decode` alone
+    scale_zyx: tuple[Positive, Positive, Positive] = (1.0, 1.0, 1.0)  # of the instances; the same
+
+    @model_validator(mode="after")
+    def _box_has_a_middle(self) -> Self:
+        if self.dilate_yx % 2 == 0:
+            raise ValueError(
+                f"evaluate.polarity.dilate_yx: {self.dilate_yx} is even, so the box has no middle; use "
+                f"{self.dilate_yx - 1} or {self.dilate_yx + 1}"
+            )
+        return self
+
+
 class EvaluateParams(Section):
     """Decoding and scores."""
 
     threshold: Literal["auto"] | Fraction = "auto"  # auto: best on validation, by voxel F1
+    rule: Literal["sites", "polarity"] = "sites"  # what decodes; polarity reads the section of this name
     min_voxels: Size = 600  # a smaller instance is dropped
     side_threshold: Fraction = 0.5  # share of the union threshold that a side must reach
     min_side_voxels: Size = 100  # a smaller post piece is no partner
     split: Literal["none", "pre", "watershed"] = "pre"  # how touching synapses are taken apart
+    polarity: PolarityParams = PolarityParams()  # the rule of PyTorch Connectomics' polarity2instance
     iou: Fraction = 0.5  # two instances match from here
     centroid_nm: Positive = 200.0  # ... or, in the second count, within this distance
     radius_nm: Positive = 400.0  # a partner matches if both ends are within this distance

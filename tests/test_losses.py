@@ -1,7 +1,6 @@
-"""Losses against worked answers, PyTorch's own, and the incumbent's; over ranks, parts and levels."""
+"""Losses against worked answers and PyTorch's own; over ranks, parts and levels."""
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool3d, binary_cross_entropy_with_logits, cross_entropy
 
-from synmlops.learning.losses import LossTerms, Totals, compute_loss, foreground_weights
+from synmlops.learning.losses import LossTerms, Totals, compute_loss
 from synmlops.learning.networks.layers import Exclusive
 from synmlops.learning.plane_sums import plane_sums
 from synmlops.learning.targets import targets_of
+from synmlops.learning.weighting import foreground_weights, voxel_weights
 from synmlops.params import LossParams
 
 TERMS = ("bce", "dice", "focal", "tversky", "cross_entropy", "overlap")
@@ -110,6 +110,28 @@ def test_dice_falls_from_wrong_to_right() -> None:
     )
     assert right < 0.01
     assert wrong > 0.85
+
+
+def test_dice_of_samples_is_a_ratio_for_each_patch_over_its_channels() -> None:
+    """Worked: 300 voxels found of 600 in the first patch, all of 300 in the second."""
+    targets, found = torch.zeros(2, 3, 1, 20, 20), torch.zeros(2, 3, 1, 20, 20)
+    targets[0, :, :, :10], found[0, :, :, :5] = 1, 1
+    targets[1, 0, :, :15], found[1, 0, :, :15] = 1, 1
+    form = only("dice", dice_form="sample")
+    loss = compute_loss(40 * (found - 0.5), targets, torch.ones_like(targets), params=form)
+    assert float(loss.total) == pytest.approx((1 - (600 + 100) / (300 + 600 + 100)) / 2)
+
+
+def test_the_margin_of_the_foreground_weighs_as_it_does() -> None:
+    logits, targets, valid = partly_valid()
+    targets[:] = 0
+    targets[:, :, 1, 1, 1] = 1
+    params = only("bce", foreground_margin=1, foreground_weight_clip=(0.05, 0.95))
+    weights = voxel_weights(targets, valid, params=params)
+    assert weights[0, 0, 1].tolist() == [[15.0] * 3 + [1.0]] * 3 + [[1.0] * 4]
+    each = binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    expected = (each * weights).sum() / valid.sum()
+    torch.testing.assert_close(compute_loss(logits, targets, valid, params=params).total, expected)
 
 
 def test_tversky_counts_misses_and_false_alarms_by_its_weights() -> None:
@@ -249,6 +271,24 @@ def test_parts_add_up_to_the_loss_of_the_whole_batch() -> None:
         torch.testing.assert_close(parts[0][name] + parts[1][name], expected)
 
 
+def test_dice_of_samples_is_the_same_on_two_ranks_and_in_parts() -> None:
+    logits, targets, valid = partly_valid()
+    params = only("dice", dice_form="sample")
+    whole = compute_loss(logits, targets, valid, params=params).total
+
+    def work(rank: int, add: Callable[[Tensor], Tensor]) -> Tensor:
+        own = (part[[rank]] for part in (logits, targets, valid))
+        return compute_loss(*own, params=params, sum_over_ranks=add, n_ranks=2).total[None]
+
+    torch.testing.assert_close(TwoRanks(work).mean()[0], whole)
+    totals = Totals.of(valid, n_parts=2)
+    parts = [
+        compute_loss(logits[[n]], targets[[n]], valid[[n]], params=params, totals=totals).total
+        for n in (0, 1)
+    ]
+    torch.testing.assert_close(parts[0] + parts[1], whole)
+
+
 def test_a_coarse_level_is_the_loss_of_pooled_targets() -> None:
     """A block is foreground if any of its valid voxels is, and counts by its valid share."""
     logits, targets, valid = batch()
@@ -275,44 +315,3 @@ def test_a_level_that_does_not_divide_is_refused() -> None:
     logits, targets, valid = batch()
     with pytest.raises(ValueError, match=r"\(2, 3, 4\) does not divide \(2, 4, 4\)"):
         compute_loss([logits, logits[..., :3, :]], targets, valid, params=EVERY)
-
-
-# -- the incumbent -----------------------------------------------------------------------------------------
-
-
-def test_terms_agree_with_the_incumbents(shared: Callable[[str], Path]) -> None:
-    """Its weights are 1 and 4 there; its Dice, per sample and unsquared, is our even Tversky loss."""
-    golden = np.load(shared("golden/pytc/losses.npz"))
-    logits, targets, weight = (torch.from_numpy(golden[name]) for name in ("pred", "target", "weight"))
-    torch.testing.assert_close(weight, 1 + 3 * targets)
-    valid = torch.ones_like(targets)
-    params = LossParams(bce=1, dice=0, overlap=1, foreground_weight_clip=(0.2, 0.2))
-    terms = compute_loss(logits, targets, valid, params=params).terms
-    assert float(terms["bce"]) == pytest.approx(float(golden["bce"]), rel=1e-5)
-    assert float(terms["overlap"]) == pytest.approx(float(golden["nonoverlap_x4"]), rel=1e-5)
-    dice = []
-    for sample in zip(logits, targets, valid, strict=True):
-        as_one_plane = [part.reshape(1, 1, -1, 32, 32).expand(1, 3, -1, -1, -1) for part in sample]
-        even = compute_loss(*as_one_plane, params=only("tversky", tversky_weights=(0.5, 0.5)))
-        dice.append(float(even.total))
-    assert 0.5 * np.mean(dice) == pytest.approx(float(golden["dice_x0p5"]), rel=1e-5)
-
-
-@pytest.mark.parametrize("number", [0, 1, 3])
-@pytest.mark.parametrize("masked", [False, True])
-def test_targets_and_weights_agree_with_the_incumbents(
-    number: int, masked: bool, shared: Callable[[str], Path]
-) -> None:
-    golden = np.load(shared(f"golden/pytc/target_{number}.npz"))
-    label = golden["label"].astype(np.int64)
-    sides = np.where(label == 0, 0, np.where(label % 2 == 1, 1, 2)).astype(np.uint8)
-    targets, valid = targets_of(torch.from_numpy(sides)[None], torch.ones(1, 3, dtype=torch.bool))
-    np.testing.assert_array_equal(targets[0].numpy(), golden["target_1"])
-    if masked:
-        valid = valid * torch.from_numpy(golden["valid_mask"])
-    of_foreground, of_valid = (targets * valid).sum((1, 2, 3, 4)), valid.sum((1, 2, 3, 4))
-    if masked:  # a fault of its: foreground of three channels over the voxels of one
-        of_valid = of_valid / 3
-    background, foreground = foreground_weights(of_foreground, of_valid, clip=(0.05, 0.95))[0]
-    weight = (background + (foreground - background) * targets[0]) * valid[0]
-    np.testing.assert_allclose(weight.numpy(), golden["weight_1_masked" if masked else "weight_1"], rtol=1e-5)

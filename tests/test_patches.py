@@ -15,7 +15,7 @@ from synmlops.learning.look import look_at
 from synmlops.learning.loop import feed_of
 from synmlops.learning.sampling import train_regions
 from synmlops.learning.trainer import Recipe
-from synmlops.params import AugmentParams, Params, SynmlopsError
+from synmlops.params import AugmentParams, LossParams, Params, SynmlopsError
 from synmlops.stages.patches import alone, run
 from synmlops.volumes.prepared import UNTRUSTED, Manifest
 from synmlops.volumes.tint import COLOURS
@@ -46,7 +46,7 @@ def test_the_sheet_shows_the_very_patches_of_training(tiny_project: TinyProject,
         draws = [draw for batch in batches for draw in batch.draws]
         assert titles == [f"step {5 + n // 2}, patch {n % 2}: {draw}" for n, draw in enumerate(draws)]
         for n in range(4):
-            look = look_at(feed, 5 + n // 2, n % 2, clip=(0.2, 0.8))
+            look = look_at(feed, 5 + n // 2, n % 2, loss=LossParams(foreground_weight_clip=(0.2, 0.8)))
             assert (look.seen_image == batches[n // 2].image[n % 2].numpy()).all()
             assert (look.seen_sides == batches[n // 2].sides[n % 2].numpy()).all()
 
@@ -58,7 +58,7 @@ def test_weights_are_those_of_the_loss(tiny_project: TinyProject) -> None:
         tiny_project.manifest,
     )
     with _feed(params, manifest) as feed:
-        look = look_at(feed, 1, 0, clip=(0.001, 0.999))
+        look = look_at(feed, 1, 0, loss=LossParams(foreground_weight_clip=(0.001, 0.999)))
     trusted = look.seen_sides != UNTRUSTED
     foreground = trusted & (look.seen_sides > 0)
     share = 2 * foreground.sum() / (3 * trusted.sum())  # each foreground voxel is in union and in one side

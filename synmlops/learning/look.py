@@ -7,8 +7,9 @@ import torch
 from numpy.typing import NDArray
 
 from synmlops.learning.feed import Drawn, Feed
-from synmlops.learning.losses import foreground_weights
 from synmlops.learning.targets import targets_of
+from synmlops.learning.weighting import voxel_weights
+from synmlops.params import LossParams
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,10 @@ class Look:
     sides: NDArray[np.uint8]
     seen_image: NDArray[np.float32]  # normalised
     seen_sides: NDArray[np.uint8]
-    weight: NDArray[np.float32]  # of each voxel in the loss, 0 where it does not count
+    weight: NDArray[np.float32]  # greatest of its channels' in the loss, 0 where none counts
 
 
-def look_at(feed: Feed, step: int, index: int, *, clip: tuple[float, float]) -> Look:
+def look_at(feed: Feed, step: int, index: int, *, loss: LossParams) -> Look:
     """Make patch `index` of the batch of a step, as training does.
 
     Parameters
@@ -31,17 +32,13 @@ def look_at(feed: Feed, step: int, index: int, *, clip: tuple[float, float]) -> 
     feed : Feed
         On the CPU.
     step, index : int
-    clip : tuple of float
-        `loss.foreground_weight_clip`.
+    loss : LossParams
+        How foreground is weighed.
     """
     patch = feed.patch(step, index)
     draw = patch.chances.draw
     targets, valid = targets_of(patch.sides[None], torch.tensor([draw.known]))
-    foreground, n_valid = ((targets * valid).sum()[None], valid.sum()[None])
-    of_background, of_foreground = foreground_weights(foreground, n_valid, clip=clip)[0].tolist()
-    counts = valid[0].amax(dim=0)
-    is_foreground = (targets * valid)[0].amax(dim=0)
-    weight = counts * (of_background + (of_foreground - of_background) * is_foreground)
+    weight = voxel_weights(targets * valid, valid, params=loss)[0].amax(dim=0)
     return Look(
         drawn=patch.chances.drawn,
         image=((draw.image - feed.mean) / feed.std).astype(np.float32),

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool3d, logsigmoid, max_pool3d, softplus
 
 from synmlops.learning.plane_sums import PlaneSums, plane_sums
+from synmlops.learning.weighting import foreground_weights, patch_weights, weighed_as_foreground
 from synmlops.params import CHANNELS, LossParams
 
 DICE_SMOOTH = 100.0  # voxels; keeps a patch without foreground from dominating. Source: PyTorch Connectomics
@@ -36,6 +37,7 @@ class Totals:
     planes: Tensor  # of all channels together
     union: Tensor  # of the union alone
     sides: Tensor  # where both pre and post are known
+    patches: Tensor  # how many there are, valid or not
     n_parts: int  # that each rank takes its share of the batch in
 
     @classmethod
@@ -43,13 +45,13 @@ class Totals:
         """Count over a rank's whole share of the batch, `valid` of all its parts in one tensor."""
         per_channel = valid.sum((0, 2, 3, 4), dtype=torch.float32)
         both = (valid[:, _PRE] * valid[:, _POST]).sum(dtype=torch.float32)
-        counts = torch.stack([per_channel.sum(), per_channel[_UNION], both])
-        planes, union, sides = sum_over_ranks(counts).clamp(min=1).unbind()
-        return cls(planes, union, sides, n_parts)
+        counts = torch.stack([per_channel.sum(), per_channel[_UNION], both, both.new_tensor(len(valid))])
+        planes, union, sides, patches = sum_over_ranks(counts).clamp(min=1).unbind()
+        return cls(planes, union, sides, patches, n_parts)
 
     def coarser(self, block: int) -> "Totals":
         """Give the totals of a level of which one voxel covers `block` of these."""
-        return Totals(self.planes / block, self.union / block, self.sides / block, self.n_parts)
+        return Totals(self.planes / block, self.union / block, self.sides / block, self.patches, self.n_parts)
 
 
 def compute_loss(
@@ -66,7 +68,7 @@ def compute_loss(
 
     The mean over ranks of the sum over parts is the loss of the whole batch, and so are the gradients. Dice
     and Tversky loss, which are ratios of sums over a batch, are those of each part over all ranks instead,
-    averaged over the parts.
+    averaged over the parts; Dice loss in its form `sample` is the mean over the patches.
 
     Parameters
     ----------
@@ -109,33 +111,6 @@ def compute_loss(
     return LossTerms(total, terms)
 
 
-def foreground_weights(foreground: Tensor, valid: Tensor, *, clip: tuple[float, float]) -> Tensor:
-    """Weigh the rarer class of each patch up.
-
-    The foreground share f of the valid voxels is clipped, and the rarer class weighs larger over smaller,
-    max(f, 1 - f) / min(f, 1 - f). Source: PyTorch Connectomics v1, weight "1".
-
-    Parameters
-    ----------
-    foreground, valid : (n,) tensor
-        Voxels of each patch, over its channels together.
-
-    Returns
-    -------
-    weights : (n, 2) tensor
-        Of background and of foreground; the lesser is 1.
-
-    Examples
-    --------
-    >>> foreground_weights(torch.tensor([1.0, 6.0]), torch.tensor([4.0, 8.0]), clip=(0.05, 0.95))
-    tensor([[1., 3.],
-            [3., 1.]])
-    """
-    share = (foreground / valid.clamp(min=1e-6)).clamp(*clip)
-    weights = torch.stack([share / (1 - share), (1 - share) / share], dim=-1)
-    return weights.clamp(min=1)
-
-
 def _terms(
     logits: Tensor,
     targets: Tensor,
@@ -152,10 +127,16 @@ def _terms(
     if params.bce or params.dice or params.tversky:
         sums = plane_sums(logits, targets, valid)
         if params.bce:
-            terms["bce"] = n * _bce(sums, clip=clip) / totals.planes
+            near = sums.foreground_mistake
+            if params.foreground_margin:
+                heavy = weighed_as_foreground(targets, margin=params.foreground_margin)
+                near = plane_sums(logits, targets, valid * heavy).mistake
+            terms["bce"] = n * _bce(sums, near, params=params) / totals.planes
+        if params.dice and params.dice_form == "sample":
+            terms["dice"] = n * _dice_of_samples(sums) / totals.patches
         terms |= _ratios(sums, params=params, sum_over_ranks=sum_over_ranks, n=n, n_parts=totals.n_parts)
     if params.focal:
-        focal = _focal(logits.float(), targets, valid, gamma=params.focal_gamma, clip=clip)
+        focal = _focal(logits.float(), targets, valid, params=params)
         terms["focal"] = n * focal / totals.planes
     if params.cross_entropy:
         terms["cross_entropy"] = n * _cross_entropy(logits.float(), targets, valid, clip=clip) / totals.union
@@ -166,12 +147,18 @@ def _terms(
     return terms
 
 
-def _bce(sums: PlaneSums, *, clip: tuple[float, float]) -> Tensor:
-    """Sum the binary cross-entropy, with foreground weights over all channels of a patch together."""
-    weights = foreground_weights(sums.foreground.sum(1), sums.valid.sum(1), clip=clip)
+def _bce(sums: PlaneSums, of_foreground: Tensor, *, params: LossParams) -> Tensor:
+    """Sum the binary cross-entropy; `of_foreground` is the part of it that weighs as foreground, (n, c)."""
+    weights = patch_weights(sums.foreground, sums.valid, params=params)
     background, foreground = weights.detach().unbind(-1)
-    mistake, of_foreground = sums.mistake.sum(1), sums.foreground_mistake.sum(1)
+    mistake, of_foreground = sums.mistake.sum(1), of_foreground.sum(1)
     return (background * (mistake - of_foreground) + foreground * of_foreground).sum()
+
+
+def _dice_of_samples(sums: PlaneSums) -> Tensor:
+    """Sum the Dice loss of each patch over its channels together. Source: PyTorch Connectomics v1."""
+    hit, probability, foreground = (part.sum(1) for part in (sums.hit, sums.probability, sums.foreground))
+    return (1 - (2 * hit + DICE_SMOOTH) / (probability + foreground + DICE_SMOOTH)).sum()
 
 
 def _ratios(
@@ -182,7 +169,8 @@ def _ratios(
     All patches are one sample, since a synapse cut by a patch's border says little by itself. Sources:
     Milletari et al. 2016, arXiv:1606.04797 (squared probabilities); Salehi et al. 2017, arXiv:1706.05721.
     """
-    if not (params.dice or params.tversky):
+    by_channel = params.dice and params.dice_form == "channel"
+    if not (by_channel or params.tversky):
         return {}
     own = torch.stack([sums.hit, sums.probability, sums.square, sums.foreground, sums.valid]).sum(1)
     # every rank has the loss of the whole batch but only its own part of the gradient, and DDP averages
@@ -190,7 +178,7 @@ def _ratios(
     hit, probability, square, foreground, valid = whole
     known = (valid.detach() > 0).float()
     ratios: dict[str, Tensor] = {}
-    if params.dice:
+    if by_channel:
         ratios["dice"] = (2 * hit + DICE_SMOOTH) / (square + foreground + DICE_SMOOTH)
     if params.tversky:
         of_false_positive, of_false_negative = params.tversky_weights
@@ -200,20 +188,18 @@ def _ratios(
     return {k: loss.detach() + n * (loss - loss.detach()) for k, loss in losses.items()}
 
 
-def _focal(
-    logits: Tensor, targets: Tensor, valid: Tensor, *, gamma: float, clip: tuple[float, float]
-) -> Tensor:
+def _focal(logits: Tensor, targets: Tensor, valid: Tensor, *, params: LossParams) -> Tensor:
     """Sum the focal loss; the foreground weight is its alpha, so that gamma 0 is the cross-entropy.
 
     Source: Lin et al. 2017, arXiv:1708.02002.
     """
-    foreground = (targets * valid).sum((1, 2, 3, 4))
-    weights = foreground_weights(foreground, valid.sum((1, 2, 3, 4)), clip=clip)
+    sizes = ((targets * valid).sum((2, 3, 4)), valid.sum((2, 3, 4)))
+    weights = patch_weights(*sizes, params=params)
     of_background, of_foreground = weights.reshape(-1, 2, 1, 1, 1, 1).unbind(1)
     wrong = logits * (1 - 2 * targets)  # logit of the wrong answer
     weight = torch.lerp(of_background, of_foreground, targets) * valid
     # sigmoid(wrong) ** gamma by its logarithm, whose gradient is finite at every gamma
-    return (weight * torch.exp(gamma * logsigmoid(wrong)) * softplus(wrong)).sum()
+    return (weight * torch.exp(params.focal_gamma * logsigmoid(wrong)) * softplus(wrong)).sum()
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, valid: Tensor, *, clip: tuple[float, float]) -> Tensor:

@@ -37,10 +37,13 @@ def build_optimizer(network: nn.Module, train: TrainParams) -> torch.optim.Optim
 
 
 def learning_rate_at(step: int, train: TrainParams) -> float:
-    """Give the learning rate of a step, of which the first is 1: a linear warm-up, then the schedule.
+    """Give the learning rate of a step, of which the first is 1: a linear warm-up, and the schedule.
 
-    Step `warmup_steps` is the first at the full rate. From there cosine and poly fall to zero, which the
-    last step reaches; multistep falls by `milestone_factor` at each milestone, counted from the start.
+    With a warm-up `before` the schedule, step `warmup_steps` is the first at the full rate. From there cosine
+    and poly fall to zero, which the last step reaches; multistep falls by `milestone_factor` at each
+    milestone, counted from the start. With a warm-up `within` it, both begin at the first step, which counts
+    as 0, and multiply: cosine and poly would reach zero one step after the last, and a milestone falls on the
+    step after it. Source of the second form: Detectron2, as in PyTorch Connectomics.
 
     Examples
     --------
@@ -52,15 +55,34 @@ def learning_rate_at(step: int, train: TrainParams) -> float:
     ... )
     >>> [round(learning_rate_at(step, steps), 3) for step in (1, 49, 50, 80)]
     [1.0, 1.0, 0.1, 0.01]
+    >>> within = cosine.model_copy(update={"warmup_form": "within", "warmup_from": 0.001})
+    >>> [round(learning_rate_at(step, within), 3) for step in (1, 11, 51, 100)]
+    [0.001, 0.976, 0.5, 0.0]
     """
+    if train.warmup_form == "within":
+        done = step - 1
+        return _warmth(done, train) * train.learning_rate * _fallen(done, done / train.steps, train)
     if step < train.warmup_steps:
-        return train.learning_rate * step / train.warmup_steps
+        return train.learning_rate * _warmth(step, train)
     share = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    return train.learning_rate * _fallen(step, share, train)
+
+
+def _warmth(count: int, train: TrainParams) -> float:
+    """Give the share of the learning rate that the warm-up lets through, from `warmup_from` to 1."""
+    if count >= train.warmup_steps:
+        return 1.0
+    risen = count / train.warmup_steps
+    return train.warmup_from * (1 - risen) + risen
+
+
+def _fallen(count: int, share: float, train: TrainParams) -> float:
+    """Give what the schedule leaves of the learning rate at a share of its way."""
     if train.schedule == "cosine":
-        return train.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+        return 0.5 * (1 + math.cos(math.pi * share))
     if train.schedule == "poly":
-        return train.learning_rate * math.pow(1 - share, train.poly_power)
+        return math.pow(1 - share, train.poly_power)
     if train.schedule == "multistep":
-        n_passed = sum(milestone <= step for milestone in train.milestones)
-        return train.learning_rate * math.pow(train.milestone_factor, n_passed)
-    return train.learning_rate
+        n_passed = sum(milestone <= count for milestone in train.milestones)
+        return math.pow(train.milestone_factor, n_passed)
+    return 1.0

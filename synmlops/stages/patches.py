@@ -138,7 +138,7 @@ def _rows(
     with feed_of(recipe, regions, mean=manifest.mean, std=manifest.std, ranks=ranks) as feed:
         for number in range(n):
             at, index = step + number // sampling.batch_size, number % sampling.batch_size
-            look = look_at(feed, at, index, clip=params.loss.foreground_weight_clip)
+            look = look_at(feed, at, index, loss=params.loss)
             place = f"step {at}, patch {index}: "
             if only is None:
                 yield _Row(f"{place}{look.drawn}", look, *_telling_sections(look))

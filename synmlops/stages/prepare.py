@@ -78,7 +78,8 @@ def run(data: DataParams, *, out: Path) -> tuple[Manifest, list[str]]:
             if data.split is not None
             else (Fold(WHOLE, *(tuple(regions[role]) for role in ROLES)),)
         )
-        manifest = Manifest(volumes, folds, mean=grey.mean, std=grey.std)
+        mean, std = data.grey or (grey.mean, grey.std)
+        manifest = Manifest(volumes, folds, mean=mean, std=std)
         write_manifest(manifest, folder)
     notes = [f"{one.volume.sources['label']}: {note}" for one in prepared for note in one.notes]
     return _moved(manifest, out), notes

@@ -1,0 +1,100 @@
+"""What PyTorch Connectomics computes from the same inputs, value for value."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from synmlops.learning.losses import compute_loss
+from synmlops.learning.optim import learning_rate_at
+from synmlops.learning.targets import targets_of
+from synmlops.learning.weighting import voxel_weights
+from synmlops.params import LossParams, TrainParams
+from synmlops.volumes.preparing import sides_of
+
+Reference = Callable[[str], Any]
+CLIP = (0.05, 0.95)
+
+
+@pytest.fixture
+def reference(shared: Callable[[str], Path]) -> Reference:
+    """Give arrays that PyTorch Connectomics v1 computed."""
+    return lambda name: np.load(shared(f"golden/pytc/{name}.npz"))
+
+
+# -- targets, weights and losses ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_targets(number: int, reference: Reference) -> None:
+    golden = reference(f"target_{number}")
+    sides = sides_of(golden["label"], "pairs")
+    targets, _ = targets_of(torch.from_numpy(sides)[None], torch.ones(1, 3, dtype=torch.bool))
+    np.testing.assert_array_equal(targets[0], golden["target_1"])
+    np.testing.assert_array_equal(sides, golden["target_1_1"])  # of which cross-entropy makes its classes
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("1", {"foreground_weight_clip": CLIP}),
+        ("1_1", {"foreground_weight_clip": CLIP, "foreground_margin": 1}),
+        ("0", {"foreground_weight_clip": (0.5, 0.5)}),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_weights(number: int, masked: bool, name: str, own: dict[str, Any], reference: Reference) -> None:
+    """Its margin grows from foreground that the mask hides, too; that of a prepared volume cannot."""
+    golden = reference(f"target_{number}")
+    mask = golden["valid_mask"] if masked else None
+    hidden = mask is not None and name == "1_1"
+    sides = sides_of(golden["label"], "pairs", None if hidden else mask)
+    targets, valid = targets_of(torch.from_numpy(sides)[None], torch.ones(1, 3, dtype=torch.bool))
+    if hidden:
+        valid = valid * torch.from_numpy(mask)
+    params = LossParams.model_validate({"foreground_share": "voxels" if masked else "planes"} | own)
+    expected = golden[f"weight_{name}_masked" if masked else f"weight_{name}"]
+    if name == "0" and not masked:
+        expected = np.ones(1)  # it writes a 0 for "none"
+    weights = voxel_weights(targets, valid, params=params)[0].numpy()
+    np.testing.assert_allclose(weights, np.broadcast_to(expected, weights.shape), rtol=1e-6)
+
+
+def test_losses(reference: Reference) -> None:
+    """Its weights are 1 and 4 there."""
+    golden = reference("losses")
+    logits, targets = (torch.from_numpy(golden[name]) for name in ("pred", "target"))
+    params = LossParams(bce=1, dice=0.5, dice_form="sample", overlap=1, foreground_weight_clip=(0.2, 0.2))
+    loss = compute_loss(logits, targets, torch.ones_like(targets), params=params)
+    found = {
+        "bce": loss.terms["bce"],
+        "dice_x0p5": 0.5 * loss.terms["dice"],
+        "nonoverlap_x4": loss.terms["overlap"],
+        "total": loss.total - loss.terms["overlap"],
+        "total_with_nonoverlap_x4": loss.total,
+    }
+    for name, value in found.items():
+        assert float(value) == pytest.approx(float(golden[name]), rel=5e-7), name
+
+
+# -- schedules ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("multistep", {"learning_rate": 0.01, "schedule": "multistep", "milestones": (30, 35)}),
+        ("cosine", {"learning_rate": 0.04, "schedule": "cosine"}),
+    ],
+)
+def test_learning_rates(name: str, own: dict[str, Any], reference: Reference) -> None:
+    expected = reference("schedule_blend_windows")[f"warmup_{name}"]
+    train = TrainParams.model_validate(
+        {"steps": 45, "warmup_steps": 10, "warmup_from": 0.001, "warmup_form": "within"} | own
+    )
+    rates = [learning_rate_at(step, train) for step in range(1, 46)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-13, atol=0)
