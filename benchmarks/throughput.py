@@ -34,9 +34,9 @@ from synmlops.learning.block_prediction import Source
 from synmlops.learning.checkpoint import Model, ModelMeta, load_model, save_model
 from synmlops.learning.distributed import Ranks, pick_device
 from synmlops.learning.loop import Recipe, Silent, fit
-from synmlops.learning.networks.plus_unet import from_pytc
 from synmlops.learning.networks.registry import build_network
 from synmlops.learning.networks.report import gflop_per_megavoxel
+from synmlops.learning.pytc_weights import from_pytc
 from synmlops.learning.sampling import train_regions
 from synmlops.learning.volume_prediction import Engine, predict_volume
 from synmlops.learning.windows import windows_over

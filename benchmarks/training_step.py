@@ -29,8 +29,8 @@ from synmlops.learning.checkpoint import ModelMeta
 from synmlops.learning.distributed import Ranks, pick_device
 from synmlops.learning.feed import Batch
 from synmlops.learning.networks.kernels import kernels
-from synmlops.learning.networks.plus_unet import from_pytc
 from synmlops.learning.networks.report import gflop_per_megavoxel
+from synmlops.learning.pytc_weights import from_pytc
 from synmlops.learning.trainer import Recipe, Row, Silent, Trainer
 from synmlops.params import CHANNELS, AugmentParams, LossParams, NetworkParams, SamplingParams, TrainParams
 

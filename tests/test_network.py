@@ -29,7 +29,7 @@ def small(**changes: Any) -> NetworkParams:
 
 @pytest.mark.parametrize("name", FOLDED)
 @pytest.mark.parametrize("norm", ["group", "batch", "instance"])
-@pytest.mark.parametrize("activation", ["relu", "silu", "elu"])
+@pytest.mark.parametrize("activation", ["relu", "silu", "elu", "gelu"])
 def test_every_norm_and_activation_trains(name: str, norm: str, activation: str) -> None:
     params = small(name=name, norm=norm, activation=activation, squeeze_excite=activation == "elu")
     network = build_network(params)
@@ -42,7 +42,7 @@ def test_every_norm_and_activation_trains(name: str, norm: str, activation: str)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_built_in_network_does_what_is_wanted_of_a_users(name: str) -> None:
     for exclusive in (False, True):
-        fold = (1, 1, 1) if name == "plus_unet" else (1, 4, 4)
+        fold = (1, 1, 1) if name in ("plus_unet", "pytc_unet") else (1, 4, 4)
         params = NetworkParams(name=name, exclusive=exclusive, stem_zyx=fold)
         check_network(build_network(params), params)
 

@@ -14,8 +14,8 @@ from synmlops.learning.networks.fast_conv import Conv3d
 from synmlops.learning.networks.fast_norm import SqueezeExcite, normalise
 from synmlops.learning.networks.fast_resize import upsample_add
 from synmlops.learning.networks.kernels import kernels
-from synmlops.learning.networks.plus_unet import from_pytc
 from synmlops.learning.networks.registry import build_network
+from synmlops.learning.pytc_weights import from_pytc
 from synmlops.learning_params import NetworkParams
 from synmlops.section import SynmlopsError
 

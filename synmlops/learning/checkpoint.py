@@ -30,6 +30,7 @@ class ModelMeta(Section):
     step: int = 0
     score: float | None = None  # validation score, where there was a validation
     threshold: float | None = None  # operating point, once it is known
+    imported: str = ""  # file that it was converted from, and its digest
 
 
 @dataclass(frozen=True)

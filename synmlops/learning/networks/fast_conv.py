@@ -14,6 +14,7 @@ from torch.nn import functional
 from synmlops.learning.networks.kernels import LANE, kernels, panel_width
 
 Sizes = tuple[int, int, int]
+Border = Literal["zeros", "replicate", "reflect", "circular"]
 
 
 class Conv3d(nn.Conv3d):
@@ -29,8 +30,8 @@ class Conv3d(nn.Conv3d):
     kernel : (3,) tuple of int
         Odd sizes along z, y and x.
     stride : (3,) tuple of int
-    border : {"zeros", "replicate"}
-        What lies beyond the image.
+    border : {"zeros", "replicate", "reflect", "circular"}
+        What lies beyond the image; the kernels know the first two.
     bias : bool
     """
 
@@ -41,7 +42,7 @@ class Conv3d(nn.Conv3d):
         kernel: Sizes,
         *,
         stride: Sizes = (1, 1, 1),
-        border: Literal["zeros", "replicate"] = "replicate",
+        border: Border = "replicate",
         bias: bool = False,
     ) -> None:
         z, y, x = (size // 2 for size in kernel)
@@ -76,6 +77,7 @@ class Conv3d(nn.Conv3d):
         return (
             image.device.type == "cpu"
             and torch.float64 not in (image.dtype, self.weight.dtype)
+            and self.padding_mode in ("zeros", "replicate")
             and max(self.in_channels, self.out_channels) % LANE == 0
             and not torch.compiler.is_compiling()
             and kernels().library is not None

@@ -20,6 +20,7 @@ from synmlops.learning.networks.kernels import LANE, kernels
 _KINDS = {"none": 0, "relu": 1, "elu": 2}  # as kernels.cpp numbers them
 _NORMS = (nn.GroupNorm, nn.BatchNorm3d, nn.InstanceNorm3d)
 _REDUCTION = 4  # Source: PyTorch Connectomics v1
+_LEAK = 0.2  # likewise
 
 Coefficients = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Gives scale and shift, (n, c) each, from (n, 2, c) sums of x and of its square."""
@@ -44,7 +45,7 @@ class SqueezeExcite(nn.Module):
 
 
 def activate(x: Tensor, kind: str) -> Tensor:
-    """Apply "none", "relu", "elu" or "silu".
+    """Apply "none", "relu", "leaky_relu" (slope 0.2), "elu", "gelu" or "silu".
 
     Examples
     --------
@@ -53,6 +54,8 @@ def activate(x: Tensor, kind: str) -> Tensor:
     """
     if kind == "none":
         return x
+    if kind == "leaky_relu":
+        return functional.leaky_relu(x, _LEAK)
     result: Tensor = getattr(functional, kind)(x)
     return result
 
@@ -72,7 +75,7 @@ def normalise(
     x : (n, c, z, y, x) tensor
     norm : nn.Module
         Group, batch or instance norm run in the kernels on a CPU; any other as it is.
-    activation : {"none", "relu", "elu", "silu"}
+    activation : {"none", "relu", "leaky_relu", "elu", "gelu", "silu"}
     other : (n, c, z, y, x) tensor, optional
         A shortcut.
     excite : SqueezeExcite, optional

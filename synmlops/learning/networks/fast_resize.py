@@ -1,4 +1,4 @@
-"""Trilinear upsampling with aligned corners, summed with what it is added to in the same pass on a CPU."""
+"""Trilinear upsampling, summed with what it is added to; with aligned corners in the same pass on a CPU."""
 
 from typing import Any
 
@@ -12,14 +12,16 @@ from synmlops.learning.networks.fast_conv import dense
 from synmlops.learning.networks.kernels import LANE, kernels
 
 
-def upsample_add(base: Tensor, *lows: Tensor) -> Tensor:
+def upsample_add(base: Tensor, *lows: Tensor, aligned: bool = True) -> Tensor:
     """Give the sum of `base` and each of `lows`, upsampled to its size.
 
     Parameters
     ----------
     base : (n, c, z, y, x) tensor
     *lows : (n, c, ., ., .) tensors
-        Interpolated linearly so that the corner voxels of both coincide.
+        Interpolated linearly.
+    aligned : bool
+        Whether the corner voxels of both coincide, or their outer borders do.
 
     Examples
     --------
@@ -27,13 +29,14 @@ def upsample_add(base: Tensor, *lows: Tensor) -> Tensor:
     >>> upsample_add(torch.ones(1, 1, 1, 1, 5), low).flatten()
     tensor([1., 2., 3., 4., 5.])
     """
-    fits = base.device.type == "cpu" and base.dtype != torch.float64 and base.shape[1] % LANE == 0
+    on_cpu = base.device.type == "cpu" and base.dtype != torch.float64
+    fits = on_cpu and aligned and base.shape[1] % LANE == 0
     if fits and not torch.compiler.is_compiling() and kernels().library is not None:
         flat = [_along_z(low, base.shape[2]) for low in lows]
         result: Tensor = _UpsampleAdd.apply(base, *flat)  # type: ignore[no-untyped-call]
         return result
     for low in lows:
-        base = base + functional.interpolate(low, base.shape[2:], mode="trilinear", align_corners=True)
+        base = base + functional.interpolate(low, base.shape[2:], mode="trilinear", align_corners=aligned)
     return base
 
 

@@ -15,6 +15,7 @@ from synmlops.learning.networks.layers import Exclusive
 from synmlops.learning.networks.light_unet import light_unet
 from synmlops.learning.networks.own import Build, build_own
 from synmlops.learning.networks.plus_unet import plus_unet
+from synmlops.learning.networks.pytc_unet import pytc_unet
 from synmlops.learning.networks.residual_unet import residual_unet
 from synmlops.learning_params import NetworkParams
 from synmlops.section import SynmlopsError
@@ -23,6 +24,7 @@ NETWORKS: dict[str, Build] = {
     "residual_unet": residual_unet,
     "light_unet": light_unet,
     "plus_unet": plus_unet,
+    "pytc_unet": pytc_unet,
 }
 """What a name without a colon stands for; imported by name, so that DVC and a bundle see the modules."""
 
