@@ -112,13 +112,29 @@ class NetworkParams(Section):
         return z, y, x
 
     def total_pool_zyx(self) -> tuple[int, int, int]:
-        """Voxels that one voxel of the lowest level covers; patches are multiples of it."""
+        """Voxels that one voxel of the lowest level covers; patches are multiples of it, see `takes_size`."""
         stated = self.stated_zyx("total_pool_zyx")
         if stated is not None:
             return stated
         steps = (self.stem_zyx, *self.pools)
         z, y, x = (math.prod(step[axis] for step in steps) for axis in range(3))
         return z, y, x
+
+    def takes_size(self, size: int, pool: int) -> bool:
+        """Say whether a patch or window may have this size where the total pooling is `pool`.
+
+        A multiple, for all networks. For those that upsample with aligned corners also one voxel more: then
+        the voxels of all levels lie upon each other, which is how PyTorch Connectomics trains them.
+
+        Examples
+        --------
+        >>> NetworkParams().takes_size(257, 16)
+        False
+        >>> NetworkParams(name="pytc_unet", stem_zyx=(1, 1, 1)).takes_size(257, 16)
+        True
+        """
+        aligned = self.name in _OF_PYTC and not self.pooling
+        return size % pool == 0 or (aligned and size % pool == 1)
 
     def receptive_field_zyx(self) -> tuple[int, int, int]:
         """Width in voxels of the input that can move one output voxel, along z, y and x.
@@ -400,6 +416,7 @@ class InferParams(WindowParams):
 class TrainParams(Section):
     """The optimisation."""
 
+    start_from: str | None = None  # model file whose weights training begins with; null: random ones
     steps: Count = 2200
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: Positive = 0.007

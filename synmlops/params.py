@@ -201,10 +201,25 @@ class Params(Section):
             f"the total pooling along {axis}; next: {n + p - n % p}"
             for key, size in windows.items()
             for axis, n, p in zip("zyx", size, pool, strict=True)
-            if n % p
+            if not self.network.takes_size(n, p)
         ]
         if problems:
             raise ValueError("\n".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _reflections_fit_windows(self) -> Self:
+        if self.network.padding != "reflect":
+            return self
+        sizes = {"sampling.patch_zyx": self.sampling.patch_zyx, "infer.window_zyx": self.infer.window_zyx}
+        sizes["train.validation.window_zyx"] = self.train.validation.window_zyx
+        for key, size in sizes.items():
+            for axis, n, pool in zip("zyx", size, self.network.total_pool_zyx(), strict=True):
+                if n < 2 * pool:
+                    raise ValueError(
+                        f"{key}: {axis}={n} leaves one voxel at the lowest level, with nothing to "
+                        f"reflect; use {2 * pool} or more, or network.padding: replicate"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ import torch
 from tiny import TinyProject
 from torch import Tensor, nn
 
-from synmlops.learning.checkpoint import Model, ModelMeta, save_state
+from synmlops.learning.checkpoint import Model, ModelMeta, save_model, save_state
 from synmlops.learning.distributed import Ranks
 from synmlops.learning.loop import LOG_EVERY, Fitted, Recipe, Row, feed_of, fit
 from synmlops.learning.losses import LossTerms, compute_loss
@@ -486,3 +486,27 @@ def test_checkpoint_of_another_version(bench: Bench, missing: str) -> None:
     save_state(States(bench.states).paths()[0], state)
     with pytest.raises(SynmlopsError, match=r"states: a checkpoint of another version .*delete it"):
         bench.fit()
+
+
+def test_training_begins_with_the_weights_of_a_model_file(
+    bench: Bench, whole: Fitted, tmp_path: Path
+) -> None:
+    """The learning rate lets them stay where they begin; another network's are refused."""
+    network, path = bench.recipe().network, tmp_path / "start.safetensors"
+    meta = ModelMeta(network=network, channels=CHANNELS, mean=128, std=20, voxel_nm=(40.0, 8.0, 8.0))
+    save_model(path, whole.last, meta)
+    still = {
+        "steps": 1,
+        "learning_rate": 1e-12,
+        "weight_decay": 0.0,
+        "warmup_steps": 0,
+        "start_from": str(path),
+    }
+    begun = bench.fit(**still).last
+    for name, weight in whole.last.items():
+        torch.testing.assert_close(begun[name], weight, atol=1e-6, rtol=0)
+    wider = replace(bench.recipe(**still), network=network.model_copy(update={"widths": (8, 8)}))
+    with pytest.raises(
+        SynmlopsError, match=r"train\.start_from.*network\.widths: \[4, 6\] there, \[8, 8\] here"
+    ):
+        bench.at("other").fit(recipe=wider)

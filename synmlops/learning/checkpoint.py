@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from synmlops.learning.networks.registry import build_network
-from synmlops.params import NetworkParams, Section, SynmlopsError
+from synmlops.params import NetworkParams, Section, SynmlopsError, flatten
 from synmlops.volumes.files import atomic_path
 
 
@@ -65,6 +65,29 @@ def load_model(path: Path, *, device: str | torch.device = "cpu") -> Model:
     except (SafetensorError, RuntimeError) as error:
         raise SynmlopsError(f"{path}: the weights do not fit the network it names: {error}") from error
     return Model(network.to(device).eval(), meta)
+
+
+def load_start(path: Path, network: NetworkParams) -> Model:
+    """Read the model that a training of `network` begins with.
+
+    Raises
+    ------
+    SynmlopsError
+        If the file is no whole model, or its network is another (naming the keys that differ).
+    """
+    model = load_model(path)
+    theirs, ours = flatten(model.meta.network), flatten(network)
+    others = [
+        f"network.{key}: {theirs[key]} there, {ours[key]} here"
+        for key in ours
+        if theirs.get(key) != ours[key]
+    ]
+    if others:
+        raise SynmlopsError(
+            f"train.start_from: {path} is of another network ({'; '.join(others)}); set them as they are "
+            "there, or train.start_from: null"
+        )
+    return model
 
 
 def read_meta(path: Path) -> ModelMeta:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from synmlops.learning.alarms import CollapseWatch
 from synmlops.learning.allocator import keep_freed_memory
-from synmlops.learning.checkpoint import Model, ModelMeta
+from synmlops.learning.checkpoint import Model, ModelMeta, load_start
 from synmlops.learning.distributed import Ranks
 from synmlops.learning.feed import Batch
 from synmlops.learning.losses import LossTerms, Totals, compute_loss
@@ -98,7 +99,8 @@ class Trainer:
     Raises
     ------
     SynmlopsError
-        If the batch cannot be shared by the ranks and their parts, or the network not be trained by several.
+        If the batch cannot be shared by the ranks and their parts, the network not be trained by several, or
+        `train.start_from` is no model of this network.
     """
 
     def __init__(self, recipe: Recipe, *, meta: ModelMeta, ranks: Ranks) -> None:
@@ -107,7 +109,11 @@ class Trainer:
         if ranks.device.type == "cpu":
             keep_freed_memory()
         torch.manual_seed(recipe.seed)
-        self.network = self._for_ranks(build_network(recipe.network))
+        network = build_network(recipe.network)
+        if recipe.train.start_from is not None:
+            start = load_start(Path(recipe.train.start_from), recipe.network)
+            network.load_state_dict(start.network.state_dict())
+        self.network = self._for_ranks(network)
         self.optimizer = build_optimizer(self.network, recipe.train)
         assert all(group["fused"] for group in self.optimizer.param_groups)  # others know no `found_inf`
         self.averaged = {name: value.detach().clone() for name, value in self.network.state_dict().items()}

@@ -29,7 +29,7 @@ class AxisWindows:
     start, stop : int
         The region that is predicted.
     size : int
-        Of a window. It is larger than `extent` if that is no multiple of the network's pooling.
+        Of a window. It is larger than `extent` if that is no size for the network.
     cell : int
         Voxels that a window answers for.
     fade : int
@@ -100,7 +100,7 @@ def windows_over(
     shape_zyx : tuple of int
         Of the volume.
     pool_zyx : tuple of int
-        Windows are multiples of it.
+        Windows are multiples of it, or one voxel more where `params.window_zyx` is.
     params : WindowParams
 
     Examples
@@ -124,7 +124,8 @@ def windows_over(
 def _along(
     start: int, stop: int, *, extent: int, window: int, pool: int, params: WindowParams
 ) -> AxisWindows:
-    size = min(window, math.ceil(extent / pool) * pool)
+    more = int(window > pool > 1 and window % pool == 1)
+    size = min(window, math.ceil((extent - more) / pool) * pool + more)
     greatest = max(1, size - 2 * round(size * params.overlap / 2))
     if size >= extent:  # one window sees all there is
         greatest = max(greatest, stop - start)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from synmlops.layout import RUN_FILE, WHOLE, model_file
-from synmlops.learning.checkpoint import Model, ModelMeta, save_model
+from synmlops.learning.checkpoint import Model, ModelMeta, load_start, save_model
 from synmlops.learning.distributed import Ranks, joined_ranks
 from synmlops.learning.launch import restarts_so_far
 from synmlops.learning.loop import Fitted, Observer, Recipe, Row, Silent, fit
@@ -26,7 +26,7 @@ from synmlops.synapses.voxels import Histogram, add_by_key, voxel_histograms
 from synmlops.tracking.lineage import project_root
 from synmlops.tracking.recorder import Context
 from synmlops.tracking.runs import Ended, Nested, RunRecord, StageRun
-from synmlops.volumes.files import atomic_path, plain_write_errors
+from synmlops.volumes.files import atomic_path, plain_write_errors, sha256_of
 from synmlops.volumes.prepared import Fold, Manifest, Region, read_manifest
 
 SECTIONS = ("seed", "data", "network", "sampling", "augment", "loss", "train")
@@ -206,6 +206,9 @@ def _facts_of(params: Params, manifest: Manifest) -> Facts:
         values[f"data.{name}.voxel_nm"] = volume.grid.voxel_nm
         values[f"data.{name}.label_kind"] = volume.kind
     values |= {"data.mean": manifest.mean, "data.std": manifest.std}
+    if params.train.start_from is not None:
+        load_start(Path(params.train.start_from), params.network)  # refused before a run is begun
+        values["train.start_from.sha256"] = sha256_of(params.train.start_from)
     for fold in manifest.folds:
         for role in ("train", "validation"):
             boxes = [(region.volume, region.box.slices) for region in getattr(fold, role)]
