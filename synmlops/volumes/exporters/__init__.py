@@ -1,0 +1,1 @@
+"""Writers of the partner table in the formats of others."""
