@@ -35,9 +35,7 @@ class CremiParts:
     raw: str | None = None
 
 
-def export_cremi(
-    table: Path, out: Path, parts: CremiParts, *, least_confidence: float = 0.0
-) -> Annotations:
+def export_cremi(table: Path, out: Path, parts: CremiParts, *, least_confidence: float = 0.0) -> Annotations:
     """Write a CREMI file of a partner table, and of volumes where they are given; gives what was annotated.
 
     Positions are written in nm of the world, exactly as they stand in the table, and ids and comments as an
@@ -90,8 +88,9 @@ def _read(table: Path) -> pd.DataFrame:
     try:
         return read_table(table)
     except (OSError, ValueError) as error:
-        raise SynmlopsError(f"{table}: not a readable partner table ({error}); give a Parquet of ours") from
-        error
+        raise SynmlopsError(
+            f"{table}: not a readable partner table ({error}); give a Parquet of ours"
+        ) from error
 
 
 def _clefts(volume: Volume, threshold: float | None) -> Layer:
