@@ -1,5 +1,6 @@
 """What PyTorch Connectomics computes from the same inputs, value for value."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from synmlops.blockwise.grid import BlockGrid
 from synmlops.learning.losses import compute_loss
 from synmlops.learning.optim import learning_rate_at
 from synmlops.learning.targets import targets_of
 from synmlops.learning.weighting import voxel_weights
-from synmlops.params import LossParams, TrainParams
+from synmlops.params import EvaluateParams, LossParams, PolarityParams, TrainParams
+from synmlops.synapses.decoding import decode_blocks
+from synmlops.synapses.matching import match_overlaps, overlaps_of
+from synmlops.synapses.pytc_decoding import Scaled, scaled_shape
+from synmlops.volumes.prepared import Box
 from synmlops.volumes.preparing import sides_of
+from synmlops.volumes.store import Grid
 
 Reference = Callable[[str], Any]
 CLIP = (0.05, 0.95)
@@ -79,6 +86,43 @@ def test_losses(reference: Reference) -> None:
     }
     for name, value in found.items():
         assert float(value) == pytest.approx(float(golden[name]), rel=5e-7), name
+
+
+# -- decoding and scores -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("block_zyx", [None, (5, 24, 40)], ids=["whole", "by block"])
+def test_decoding(number: int, block_zyx: tuple[int, int, int] | None, reference: Reference) -> None:
+    golden = reference(f"decode_{number}")
+    options = json.loads(str(golden["options"]))
+    names = {"thres_small": "min_voxels", "dilate_sz": "dilate_yx", "scale_factors": "scale_zyx"}
+    polarity = PolarityParams.model_validate(
+        {names.get(key, key): value for key, value in options.items() if key != "thres"}
+    )
+    planes = golden["volume"]
+    if polarity.exclusive:  # its channels are background, pre and post then
+        planes = np.stack([planes[1], planes[2], 255 - planes[0]])
+    shape = planes.shape[1:]
+    ids = np.zeros(scaled_shape(shape, polarity.scale_zyx), np.uint16)
+    decode_blocks(
+        planes,
+        blocks=BlockGrid(Box((0, 0, 0), shape), block_zyx or shape),
+        grid=Grid((40.0, 8.0, 8.0)),
+        params=EvaluateParams(rule="polarity", polarity=polarity),
+        threshold=options.get("thres", 0.5),
+        out=lambda kind: Scaled(ids, shape, polarity.scale_zyx),
+    )
+    np.testing.assert_array_equal(ids, golden["output"])
+
+
+def test_instance_f1(reference: Reference) -> None:
+    golden = reference("instance_matching")
+    table = overlaps_of(golden["pred"], golden["gt"])
+    n_predicted, n_true = len(table.predicted_ids), len(table.true_ids)
+    n = len(match_overlaps(table, iou=0.5))
+    assert [n, n_predicted - n, n_true - n] == golden["counts_05"].tolist()
+    assert 2 * n / (n_predicted + n_true) == golden["f1_05"]
 
 
 # -- schedules ---------------------------------------------------------------------------------------------

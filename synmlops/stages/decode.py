@@ -15,7 +15,8 @@ from synmlops.blockwise.grid import BlockGrid
 from synmlops.layout import WHOLE
 from synmlops.params import CHANNELS, EvaluateParams, SynmlopsError
 from synmlops.progress import track
-from synmlops.synapses.decoding import SharedTarget, Target, decode_blocks
+from synmlops.synapses.decoding import SharedTarget, Target, decode_blocks, passes_of
+from synmlops.synapses.pytc_decoding import Scaled, scaled_shape
 from synmlops.volumes.files import atomic_folder, atomic_path
 from synmlops.volumes.prepared import Box
 from synmlops.volumes.probabilities import open_probabilities
@@ -26,6 +27,7 @@ from synmlops.volumes.zarr import create_zarr
 BLOCK_ZYX = (64, 512, 512)
 """Read and held at once by each process: three channels of it are 50 MB."""
 
+UNSCALED = (1.0, 1.0, 1.0)
 _CHUNK_ZYX = (16, 128, 128)  # of a Zarr: what a viewer reads for one look
 _FALLBACK = 0.5
 
@@ -130,7 +132,6 @@ def run(
     SynmlopsError
         If a file cannot be read or written, ends early, or the volumes do not fit together.
     """
-    suffix = suffix or (".h5" if processes == 1 else ".zarr")
     with open_probabilities(probabilities) as volume:
         has_sides, grid, name = (
             _knows_sides(probabilities, volume.attrs["channels"]),
@@ -138,12 +139,18 @@ def run(
             volume.name,
         )
         shape = volume.shape[1], volume.shape[2], volume.shape[3]
+    scale = params.polarity.scale_zyx if params.rule == "polarity" else UNSCALED
+    suffix = suffix or (".h5" if processes == 1 or scale != UNSCALED else ".zarr")
+    _refuse_scale(scale, shape, suffix)
     assert grid is not None  # else it was refused
     blocks = BlockGrid(Box((0, 0, 0), shape), block_zyx)
     instances = out / f"instances{suffix}"
+    kind = "pairs" if has_sides else "union"
+    if params.rule == "polarity" and params.polarity.semantic:
+        kind = "semantic"
     with (
-        _instances(instances, blocks, grid, kind="pairs" if has_sides else "union") as target,
-        track("decode", 3 * len(blocks)) as report,
+        _instances(instances, blocks, grid, kind=kind, scale_zyx=scale) as target,
+        track("decode", passes_of(params) * len(blocks)) as report,
     ):
         decoding = decode_blocks(
             partial(open_volume, name, ndim=4),
@@ -158,9 +165,13 @@ def run(
             report=report,
         )
     files, notes, n_edges = [instances], [], None
-    if decoding.table is None:
+    if kind == "semantic":
+        notes.append("evaluate.polarity.semantic: pre is 1 and post is 2 throughout, without partners")
+    elif decoding.table is None:
         notes.append(f"{probabilities} holds the union alone: instances have one id each, and no partners")
-    else:
+    if scale != UNSCALED:
+        notes.append(f"{instances} is scaled by {list(scale)}; voxels of the table are those of {name}")
+    if decoding.table is not None:
         files += _write_both(decoding.table, out / "partners", write_table)
     if decoding.table is not None and neurons is not None:
         edges = edges_of(decoding.table)
@@ -168,6 +179,20 @@ def run(
         n_edges = len(edges)
     n_partners = None if decoding.table is None else len(decoding.table)
     return Written(decoding.n_sites, n_partners, n_edges, tuple(files), tuple(notes))
+
+
+def _refuse_scale(scale: tuple[float, float, float], shape: tuple[int, int, int], suffix: str) -> None:
+    if scale == UNSCALED:
+        return
+    if min(scaled_shape(shape, scale)) < 1:
+        raise SynmlopsError(
+            f"evaluate.polarity.scale_zyx: {list(scale)} leaves no voxel of {shape}; use greater factors"
+        )
+    if suffix != ".h5":
+        raise SynmlopsError(
+            f"--format {suffix[1:]}: instances at the scale {list(scale)} do not fill whole shards; use "
+            "--format h5, or evaluate.polarity.scale_zyx: [1.0, 1.0, 1.0]"
+        )
 
 
 def _knows_sides(path: Path, channels: list[str]) -> bool:
@@ -195,7 +220,12 @@ def _neurons(source: str, shape: tuple[int, int, int]) -> Callable[[], Any]:
 
 @contextmanager
 def _instances(
-    path: Path, blocks: BlockGrid, grid: Grid, *, kind: str
+    path: Path,
+    blocks: BlockGrid,
+    grid: Grid,
+    *,
+    kind: str,
+    scale_zyx: tuple[float, float, float] = UNSCALED,
 ) -> Iterator[Callable[[np.dtype[np.unsignedinteger]], Target | SharedTarget]]:
     """Give what makes the output once the type of the ids is known; it appears when all is written."""
     attrs = {"label_kind": kind}
@@ -203,12 +233,19 @@ def _instances(
         with ExitStack() as stack:
 
             def hdf5(dtype: np.dtype[np.unsignedinteger]) -> Target:
-                forms = {"main": (blocks.region.shape_zyx, dtype)}
+                shape, wanted = blocks.region.shape_zyx, scaled_shape(blocks.region.shape_zyx, scale_zyx)
+                z, y, x = (n / max(m, 1) for n, m in zip(shape, wanted, strict=True))
                 made = stack.enter_context(
-                    hdf5_writer(path, forms, grid=grid, attrs=attrs, compression="gzip")
+                    hdf5_writer(
+                        path,
+                        {"main": (wanted, dtype)},
+                        grid=grid.pooled((z, y, x)),
+                        attrs=attrs,
+                        compression="gzip",
+                    )
                 )
                 target: Target = made["main"]
-                return target
+                return target if scale_zyx == UNSCALED else Scaled(target, shape, scale_zyx)
 
             yield hdf5
         return

@@ -18,6 +18,7 @@ from synmlops.synapses.scores import (
     Scores,
     Tables,
     decode,
+    refuse_unscorable,
     score_region,
     true_instances,
 )
@@ -68,8 +69,10 @@ def run(params: Params, *, prepared: Path, predicted: Path, curves: Path, out: P
     Raises
     ------
     SynmlopsError
-        If a file is missing or broken, or the threshold is "auto" and only the test region is labelled.
+        If a file is missing or broken, the threshold is "auto" and only the test region is labelled, or what
+        is decoded cannot be scored.
     """
+    refuse_unscorable(params.evaluate)
     manifest, inferred = read_manifest(prepared), RunRecord.read(predicted / RUN_FILE)
     with StageRun.attach("evaluate", params=sections(params, "evaluate"), record=inferred) as run:
         with atomic_folder(out) as folder:

@@ -5,6 +5,7 @@ lists: the voxels near its faces are joined to those of its neighbours, ids are 
 partner table are summed up.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -59,6 +60,10 @@ class Task:
     voxel_nm : tuple of float
     spool : Spool
         Where voxels are laid aside: in memory if one process does all blocks.
+    keeps_all : bool
+        Whether every component has a number, large or small, with a side or without.
+    semantic : bool
+        Whether 1 for pre and 2 for post is written instead of ids, and no table is made.
     """
 
     blocks: BlockGrid
@@ -68,6 +73,8 @@ class Task:
     by_neuron: bool
     voxel_nm: tuple[float, float, float]
     spool: Spool
+    keeps_all: bool = False
+    semantic: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +98,23 @@ class Links:
     parts: Indices  # (F, 4) block, part, block, part
 
 
+def read_block(block: Block, probabilities: Source) -> NDArray[np.uint8]:
+    """Read the probabilities of a block.
+
+    Raises
+    ------
+    SynmlopsError
+        If they end within the block.
+    """
+    planes = np.asarray(probabilities[(slice(None), *block.write.slices)])
+    if planes.shape[1:] != block.write.shape_zyx:
+        raise SynmlopsError(
+            f"the probabilities of {block.write} have the shape {planes.shape}: they end early; "
+            "copy or make them again"
+        )
+    return planes
+
+
 def label_block(task: Task, block: Block, probabilities: Source) -> Summary:
     """Read a block, label its foreground and lay its voxels aside.
 
@@ -101,21 +125,19 @@ def label_block(task: Task, block: Block, probabilities: Source) -> Summary:
     SynmlopsError
         If the probabilities end within the block, or there is no room to lay voxels aside.
     """
-    planes = np.asarray(probabilities[(slice(None), *block.write.slices)])
-    if planes.shape[1:] != block.write.shape_zyx:
-        raise SynmlopsError(
-            f"the probabilities of {block.write} have the shape {planes.shape}: they end early; "
-            "copy or make them again"
-        )
-    found = find_foreground(planes, task.levels)
-    found, near = _possible_sites(found, _near_faces(found.flat, task, block), task)
+    return lay_aside(task, block, find_foreground(read_block(block, probabilities), task.levels))
+
+
+def lay_aside(task: Task, block: Block, found: Foreground) -> Summary:
+    """Lay the foreground of a block aside for the passes that follow, and sum it up."""
+    found, near = _possible_sites(found, near_faces(found.flat, task, block), task)
     part = _parts(found, block)
     if len(found.flat):
         task.spool.put(
             "voxels",
             block.index,
             (
-                found.flat.astype(np.uint32 if planes[0].size < 2**32 else np.int64),
+                stored(found.flat, block),
                 found.component.astype(np.int32),
                 found.side,
                 found.union,
@@ -147,8 +169,8 @@ def join_block(task: Task, block: Block) -> Links:
     shape = task.blocks.region.shape_zyx
     sided = np.flatnonzero(side != NEITHER)
     return Links(
-        components=_links(components(place, shape, reach=reach), owner, component),
-        parts=_links(components(place[sided], shape, value=side[sided]), owner[sided], part[sided]),
+        components=links(components(place, shape, reach=reach, faces=task.levels.faces), owner, component),
+        parts=links(components(place[sided], shape, value=side[sided]), owner[sided], part[sided]),
     )
 
 
@@ -199,6 +221,8 @@ def decode_block(task: Task, block: Block, given: Given, neurons: Source | None)
     voxels = _sited(task, block, given)
     if not task.has_sides:
         return Decoded(voxels.flat, voxels.site, None, None)
+    if task.semantic:
+        return Decoded(voxels.flat, voxels.side.astype(np.int64), None, None)
     ids = 2 * voxels.site - (voxels.side == PRE)
     if not len(ids):
         return Decoded(voxels.flat, ids, None, None)
@@ -297,7 +321,12 @@ def places_in_region(flat: Indices, task: Task, block: Block) -> Indices:
     return (z * height + y) * width + x
 
 
-def _near_faces(flat: Indices, task: Task, block: Block) -> NDArray[np.bool_]:
+def stored(flat: Indices, block: Block) -> NDArray[np.integer]:
+    """Give places in a block in a type that is half as long wherever they fit it."""
+    return flat.astype(np.uint32 if math.prod(block.write.shape_zyx) < 2**32 else np.int64)
+
+
+def near_faces(flat: Indices, task: Task, block: Block) -> NDArray[np.bool_]:
     """Tell which voxels may touch one of another block."""
     near = np.zeros(len(flat), bool)
     index = _within(block, flat)
@@ -315,6 +344,8 @@ def _possible_sites(
     found: Foreground, near: NDArray[np.bool_], task: Task
 ) -> tuple[Foreground, NDArray[np.bool_]]:
     """Leave out the components that lie in this block alone and are no sites."""
+    if task.keeps_all:
+        return found, near
     n = int(found.component.max(initial=-1)) + 1
     possible = np.bincount(found.component, minlength=n) >= task.min_voxels
     if task.has_sides:
@@ -354,7 +385,7 @@ def _summarise(found: Foreground, place: Indices, part: Indices, task: Task) -> 
     )
 
 
-def _links(label: Indices, owner: Indices, number: Indices) -> Indices:
+def links(label: Indices, owner: Indices, number: Indices) -> Indices:
     """Pair the members of each label with its first one; each pair once."""
     if not len(label):
         return np.empty((0, 4), np.int64)

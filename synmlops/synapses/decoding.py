@@ -35,6 +35,7 @@ from synmlops.synapses.instances import id_type, level_of
 from synmlops.synapses.joining import Sites, settle
 from synmlops.synapses.partners import rows_of
 from synmlops.synapses.pieces import Pieces, joined, merge
+from synmlops.synapses.pytc_decoding import PolarityRule, label_marked, levels_of
 from synmlops.synapses.sparse import places
 from synmlops.synapses.splitting import SplitRules
 from synmlops.synapses.spool import Spool
@@ -71,9 +72,11 @@ class Decoding:
     Attributes
     ----------
     n_sites : int
-        Synapses: the largest id, or half of it where there are two for each.
+        Synapses: the largest id, or half of it where there are two for each. By the rule `polarity` numbers
+        have gaps, for those of which no side is left, and these are not counted.
     table : DataFrame or None
-        The partner table, as of `partners_of` with the instances; None where the sides are not known.
+        The partner table, as of `partners_of` with the instances; None where the sides are not known, or ids
+        are semantic.
     """
 
     n_sites: int
@@ -105,9 +108,10 @@ def decode_blocks(
     grid : Grid
         Voxel size, and where voxel (0, 0, 0) of the volume lies.
     params : EvaluateParams
-        `min_voxels`, `side_threshold`, `min_side_voxels`, `split`.
+        `rule`, and what it reads: `min_voxels`, `side_threshold`, `split`, or `polarity` without its
+        `scale_zyx`; of both `min_side_voxels`.
     threshold : float
-        Least union probability of the foreground, inclusive.
+        Least union probability of the foreground, inclusive; by the rule `polarity` it is exclusive.
     out : function
         Called once with the type of the ids; gives what takes them, by regions of the volume, zero to begin
         with. What has a method `write(region, ids)` is written by the workers, anything else by this process.
@@ -121,7 +125,7 @@ def decode_blocks(
         Folder for what is laid aside between the passes: about 14 bytes for each foreground voxel. None keeps
         it in memory, for one worker.
     report : function, optional
-        Called with the passes over blocks done so far, of about 3 for each block.
+        Called with the passes over blocks done so far, of about `passes_of` for each block.
 
     Returns
     -------
@@ -152,23 +156,27 @@ def decode_blocks(
         raise ValueError("a watershed would part again what join_voxels joins; use split: pre or none")
     if workers > 1 and scratch is None:
         raise ValueError(f"{workers} workers need a scratch folder")
-    levels = Levels(level_of(threshold), level_of(params.side_threshold * threshold), join_voxels)
+    levels, rule = _levels(params, threshold, join_voxels)
     with _spool(scratch) as spool, crew(probabilities, neurons, workers) as hands:
         task = Task(
             blocks=blocks,
             levels=levels,
             min_voxels=params.min_voxels,
-            has_sides=_check(hands.sources, blocks),
+            has_sides=_check(hands.sources, blocks, rule=params.rule),
             by_neuron=neurons is not None,
             voxel_nm=grid.voxel_nm,
             spool=spool,
+            keeps_all=rule is not None,
+            semantic=rule is not None and params.polarity.semantic,
         )
         counted = _Count(report)
-        rules = SplitRules(params.split, params.min_voxels, params.min_side_voxels, grid.voxel_nm)
-        sites = _label(hands, task, rules, counted)
+        mode = params.split if rule is None else "none"
+        rules = SplitRules(mode, params.min_voxels, params.min_side_voxels, grid.voxel_nm)
+        sites = _label(hands, task, rules, counted, rule)
+        n_sites = sites.n if rule is None else sites.n_sided
         pieces = _write(hands, task, sites, out, counted)
     if pieces is None:
-        return Decoding(sites.n, empty_table() if task.has_sides else None)
+        return Decoding(n_sites, empty_table() if task.has_sides and not task.semantic else None)
     table = rows_of(
         pieces,
         voxel_nm=grid.voxel_nm,
@@ -176,14 +184,33 @@ def decode_blocks(
         by_neuron=task.by_neuron,
         min_side_voxels=params.min_side_voxels,
     )
-    return Decoding(sites.n, table)
+    return Decoding(n_sites, table)
 
 
-def _check(sources: Sources, blocks: BlockGrid) -> bool:
+def passes_of(params: EvaluateParams) -> int:
+    """Give how often `decode_blocks` goes over a block, about."""
+    return 3 if params.rule == "sites" else 5
+
+
+def _levels(params: EvaluateParams, threshold: float, join_voxels: int) -> tuple[Levels, PolarityRule | None]:
+    side = level_of(params.side_threshold * threshold)
+    if params.rule == "sites":
+        return Levels(level_of(threshold), side, join_voxels), None
+    if join_voxels:
+        raise ValueError("the rule polarity joins by polarity.dilate_yx; leave join_voxels at 0")
+    return levels_of(params.polarity), PolarityRule.of(threshold, params.polarity)
+
+
+def _check(sources: Sources, blocks: BlockGrid, *, rule: str) -> bool:
     """Refuse what does not go together; tell whether the probabilities know the sides."""
     shape = sources.probabilities.shape
     if len(shape) != 4 or shape[0] not in (1, len(CHANNELS)):
         raise ValueError(f"probabilities must be (3 or 1, z, y, x), got {shape}")
+    if rule == "polarity" and shape[0] == 1:
+        raise SynmlopsError(
+            "evaluate.rule: polarity decodes pre, post and union, but these probabilities are of the union "
+            "alone; use rule: sites"
+        )
     outside = any(
         start < 0 or stop > n
         for start, stop, n in zip(blocks.region.start_zyx, blocks.region.stop_zyx, shape[1:], strict=True)
@@ -222,13 +249,22 @@ def _spool(scratch: Path | None) -> Iterator[Spool]:
         yield Spool(Path(name))
 
 
-def _label(hands: Crew, task: Task, rules: SplitRules, counted: _Count) -> Sites:
+def _label(hands: Crew, task: Task, rules: SplitRules, counted: _Count, rule: PolarityRule | None) -> Sites:
     """Read every block, join what goes on from one into the next, and take touching synapses apart."""
     every = [(block,) for block in task.blocks]
-    summaries = [counted(one) for one in hands.map(_label_one, every, task)]
+    if rule is None:
+        summaries = [counted(one) for one in hands.map(_label_one, every, task)]
+    else:
+        summaries = label_marked(hands, task, rule, counted)
     joining = every if len(every) > 1 else []
     links = [counted(one) for one in hands.map(_join_one, joining, task)]
-    sites = settle(summaries, links, min_voxels=task.min_voxels, min_pre_voxels=max(rules.min_side_voxels, 1))
+    sites = settle(
+        summaries,
+        links,
+        min_voxels=task.min_voxels,
+        min_pre_voxels=max(rules.min_side_voxels, 1),
+        keeps_all=task.keeps_all,
+    )
     if rules.mode == "none":
         return sites
     jobs = list(crowds(task, sites, rules))
@@ -240,7 +276,7 @@ def _write(
     hands: Crew, task: Task, sites: Sites, out: Callable[[Ids], Target | SharedTarget], counted: _Count
 ) -> Pieces | None:
     """Write the ids, and give the pieces of all sites, sorted; None if there are none."""
-    kind = id_type(2 * sites.n if task.has_sides else sites.n)
+    kind = id_type(2 if task.semantic else 2 * sites.n if task.has_sides else sites.n)
     target = out(kind)
     shared = target if isinstance(target, SharedTarget) else None
     jobs = [

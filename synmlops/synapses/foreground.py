@@ -28,11 +28,14 @@ class Levels:
     join_voxels : int
         Parts of the foreground up to twice this far apart along y and x are one component: as if each voxel
         grew by this much in plane before the labelling.
+    faces : bool
+        Grown voxels touch by faces alone, rather than by edges and corners too.
     """
 
     union: int
     side: int = 1
     join_voxels: int = 0
+    faces: bool = False
 
     @property
     def reach(self) -> int:
@@ -83,7 +86,7 @@ def find_foreground(probabilities_czyx: NDArray[np.uint8], levels: Levels) -> Fo
         side[np.maximum(pre, post) < levels.side] = NEITHER
     return Foreground(
         flat=flat,
-        component=components(flat, (depth, height, width), reach=levels.reach),
+        component=components(flat, (depth, height, width), reach=levels.reach, faces=levels.faces),
         side=side,
         union=union_zyx[place],
     )

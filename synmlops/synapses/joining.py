@@ -18,6 +18,7 @@ class Sites:
     """The sites of a region, and which components of its blocks they are made of."""
 
     n: int
+    n_sided: int  # of which a voxel has a side
     site: Indices  # (K,) of each component of all blocks: 1 to n, or 0 where it is dropped
     first: Indices  # (n,) place at which each site begins, ascending
     pres: Indices  # (n,) pre sides of each site, as `settle` counts them
@@ -35,7 +36,12 @@ class Sites:
 
 
 def settle(
-    summaries: Sequence[Summary], links: Sequence[Links], *, min_voxels: int, min_pre_voxels: int = 1
+    summaries: Sequence[Summary],
+    links: Sequence[Links],
+    *,
+    min_voxels: int,
+    min_pre_voxels: int = 1,
+    keeps_all: bool = False,
 ) -> Sites:
     """Join the components of all blocks, drop what is no site, and number the rest.
 
@@ -49,22 +55,24 @@ def settle(
         voxel has a side.
     min_pre_voxels : int
         A smaller pre side is not counted.
+    keeps_all : bool, default False
+        Drop no component.
 
     Returns
     -------
     sites : Sites
         Numbered in scan order.
     """
-    components_before = _before([len(one.size) for one in summaries])
-    parts_before = _before([len(one.part_first) for one in summaries])
-    component = _joined(components_before, np.concatenate([_NONE, *(one.components for one in links)]))
-    part = _joined(parts_before, np.concatenate([_NONE, *(one.parts for one in links)]))
+    components_before = starts_of([len(one.size) for one in summaries])
+    parts_before = starts_of([len(one.part_first) for one in summaries])
+    component = joined_members(components_before, np.concatenate([_NONE, *(one.components for one in links)]))
+    part = joined_members(parts_before, np.concatenate([_NONE, *(one.parts for one in links)]))
     n = int(component.max(initial=-1)) + 1
     size, sided = np.zeros(n, np.int64), np.zeros(n, bool)
     np.add.at(size, component, np.concatenate([one.size for one in summaries]))
     np.logical_or.at(sided, component, np.concatenate([one.sided for one in summaries]))
     first = _least(component, np.concatenate([one.first for one in summaries]), n)
-    chosen = np.flatnonzero((size >= min_voxels) & sided)
+    chosen = np.flatnonzero(((size >= min_voxels) & sided) | keeps_all)
     chosen = chosen[np.argsort(first[chosen])]
     number = np.zeros(n, np.int64)
     number[chosen] = np.arange(1, len(chosen) + 1)
@@ -77,6 +85,7 @@ def settle(
     pres = np.bincount(whole[large], minlength=n)
     return Sites(
         n=len(chosen),
+        n_sided=int(sided[chosen].sum()),
         site=number[component],
         first=first[chosen],
         pres=pres[chosen],
@@ -87,11 +96,12 @@ def settle(
     )
 
 
-def _before(counts: Sequence[int]) -> Indices:
+def starts_of(counts: Sequence[int]) -> Indices:
+    """Give how many members there are in the blocks before each, and in all."""
     return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
 
 
-def _joined(before: Indices, pairs: Indices) -> Indices:
+def joined_members(before: Indices, pairs: Indices) -> Indices:
     """Label the members of all blocks, given pairs of (block, number) that are one."""
     block, number = pairs[:, 0::2], pairs[:, 1::2]
     one, other = (before[block] + number).T

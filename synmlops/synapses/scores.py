@@ -8,7 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from synmlops.blockwise.grid import BlockGrid
-from synmlops.params import EvaluateParams, LabelKind
+from synmlops.params import EvaluateParams, LabelKind, SynmlopsError
 from synmlops.synapses.decoding import decode_blocks
 from synmlops.synapses.instances import Instances, Probabilities, decode_pairs, decode_union, sites_of
 from synmlops.synapses.metrics import InstanceScores, score_instances, score_partners
@@ -40,6 +40,27 @@ def decode(
         probabilities_czyx, blocks=whole, grid=Grid(voxel_nm), params=params, threshold=threshold, out=out
     )
     return made[0]
+
+
+def refuse_unscorable(params: EvaluateParams) -> None:
+    """Refuse options of decoding that leave nothing to compare with a label.
+
+    Raises
+    ------
+    SynmlopsError
+    """
+    if params.rule != "polarity":
+        return
+    if params.polarity.semantic:
+        raise SynmlopsError(
+            "evaluate.polarity.semantic: true leaves no instances to score; use false here, and true for "
+            "`synmlops decode` alone"
+        )
+    if params.polarity.scale_zyx != (1.0, 1.0, 1.0):
+        raise SynmlopsError(
+            f"evaluate.polarity.scale_zyx: instances scaled by {list(params.polarity.scale_zyx)} do not lie "
+            "on the voxels of the label; use [1.0, 1.0, 1.0] here, and others for `synmlops decode` alone"
+        )
 
 
 def true_instances(label_zyx: NDArray[np.unsignedinteger], kind: LabelKind, *, sides: bool) -> Instances:

@@ -19,6 +19,7 @@ def components(
     shape_zyx: tuple[int, int, int],
     *,
     reach: int = 1,
+    faces: bool = False,
     value: NDArray[np.integer] | None = None,
 ) -> Indices:
     """Label the connected components of some voxels of a volume.
@@ -32,6 +33,9 @@ def components(
     reach : int, default 1
         Two voxels touch if they lie at most one section and, along y and x, at most this many voxels apart; 1
         is 26-connectivity.
+    faces : bool, default False
+        Two voxels touch if boxes of `reach` by `reach` voxels in plane about them share voxels or a face; 1
+        is 6-connectivity, and more is that of the voxels dilated by such a box.
     value : (N,) array of int, optional
         Only voxels of equal value touch; with a `reach` of 1 alone.
 
@@ -43,20 +47,22 @@ def components(
     Raises
     ------
     ValueError
-        If values are given with a `reach` beyond 1.
+        If values are given with a `reach` beyond 1 or with `faces`.
 
     Examples
     --------
     >>> components(np.array([0, 1, 3, 9]), (1, 2, 5)).tolist()
     [0, 0, 1, 1]
+    >>> components(np.array([0, 1, 3, 9]), (1, 2, 5), faces=True).tolist()
+    [0, 0, 1, 2]
     >>> components(np.array([0, 1, 3, 9]), (1, 2, 5), value=np.array([1, 2, 2, 2])).tolist()
     [0, 1, 2, 2]
     """
-    if value is not None and reach != 1:
+    if value is not None and (reach != 1 or faces):
         raise ValueError(f"values part the voxels that touch at a reach of 1, not of {reach}")
     if not len(flat):
         return np.empty(0, np.int64)
-    runs = _Runs(flat.astype(np.int64, copy=False), shape_zyx, reach=reach, value=value)
+    runs = _Runs(flat.astype(np.int64, copy=False), shape_zyx, reach=reach, faces=faces, value=value)
     one, other = (np.concatenate(ends) for ends in zip(*runs.meeting(), strict=True))
     labels = groups(len(runs.row), one, other)
     return np.repeat(labels, np.diff(runs.begins, append=len(flat)))
@@ -124,10 +130,11 @@ class _Runs:
         shape_zyx: tuple[int, int, int],
         *,
         reach: int,
+        faces: bool,
         value: NDArray[np.integer] | None,
     ) -> None:
         self._depth, self._height, width = shape_zyx
-        self._reach = reach
+        self._reach, self._faces = reach, faces
         row = flat // width
         x = flat - row * width
         parted = (np.diff(flat, prepend=flat[0] - reach - 1) > reach) | (np.diff(row, prepend=-1) != 0)
@@ -145,19 +152,23 @@ class _Runs:
     def meeting(self) -> Iterator[tuple[Indices, Indices]]:
         """Give the pairs of runs in different rows that touch; the second follows the first."""
         z, y = np.divmod(self.row, self._height)
-        for section, step in self._steps():
+        for section, step, along_x in self._steps():
             inside = (y + step >= 0) & (y + step < self._height) & (z + section < self._depth)
-            yield self._touching(np.flatnonzero(inside), section * self._height + step)
+            yield self._touching(np.flatnonzero(inside), section * self._height + step, along_x)
 
-    def _steps(self) -> Iterator[tuple[int, int]]:
-        yield from ((0, step) for step in range(1, self._reach + 1))
-        yield from ((1, step) for step in range(-self._reach, self._reach + 1))
+    def _steps(self) -> Iterator[tuple[int, int, int]]:
+        """Give the sections and rows from a run to another, and how far apart along x they may lie there."""
+        reach, overlap = self._reach, self._reach - self._faces
+        yield from ((0, step, reach) for step in range(1, overlap + 1))
+        if self._faces:  # one row further, the boxes have to overlap along x
+            yield 0, reach, overlap
+        yield from ((1, step, overlap) for step in range(-overlap, overlap + 1))
 
-    def _touching(self, runs: Indices, rows: int) -> tuple[Indices, Indices]:
+    def _touching(self, runs: Indices, rows: int, along_x: int) -> tuple[Indices, Indices]:
         """Give the pairs of one of `runs` and a run that touches it `rows` rows further on."""
-        row = (self.row[runs] + rows) * self._stride
-        begin = np.searchsorted(self._last_key, row + self._first[runs])
-        end = np.searchsorted(self._first_key, row + self._last[runs] + 2 * self._reach, side="right")
+        row = (self.row[runs] + rows) * self._stride + self._reach
+        begin = np.searchsorted(self._last_key, row + self._first[runs] - along_x)
+        end = np.searchsorted(self._first_key, row + self._last[runs] + along_x, side="right")
         n = np.maximum(end - begin, 0)
         one = np.repeat(runs, n)
         other = np.arange(len(one)) + np.repeat(begin - np.cumsum(n) + n, n)
