@@ -28,7 +28,7 @@ from synmlops.learning.networks.registry import build_network
 from synmlops.learning.predict import predict_array
 from synmlops.params import InferParams, NetworkParams, SynmlopsError
 from synmlops.serving.client import predict_over_http
-from synmlops.serving.registry import RegisteredVersion, load_registered, register
+from synmlops.serving.registry import RegisteredVersion, load_registered, register, register_file
 from synmlops.serving.wire import from_npy, to_npy
 from synmlops.tracking.record import RunRecord
 from synmlops.tracking.store import KEY_TAG, prepare_mlflow
@@ -243,6 +243,33 @@ def test_another_registration_makes_a_version_and_moves_its_alias_alone(
     assert aliases(client) == {"champion": 3, "challenger": 2}
     assert {second.run_id, third.run_id, fourth.run_id} == {first.run_id}  # the pipeline's one run
     assert client.get_run(first.run_id).info.end_time == ended
+
+
+def test_a_model_that_no_run_trained_gets_a_run(project: Project, tmp_path: Path) -> None:
+    """An incumbent's network, as `synmlops import checkpoint` writes it."""
+    network = NetworkParams(
+        name="pytc_unet",
+        stem_zyx=(1, 1, 1),
+        widths=(8, 8),
+        kernels=((1, 3, 3), (3, 3, 3)),
+        pools=((2, 2, 2),),
+    )
+    meta = ModelMeta(
+        network=network, channels=TRAINED, mean=127.5, std=127.5, voxel_nm=(40, 8, 8), imported="a.pth.tar"
+    )
+    path = tmp_path / "imported.safetensors"
+    save_model(path, build_network(network).state_dict(), meta)
+    made = register_file(path, infer=INFER, threshold=0.25, name="imported")
+    assert load_registered(made.uri).meta == meta.model_copy(update={"threshold": 0.25})
+    client = MlflowClient(project.uri)
+    tags = client.get_model_version_by_alias("imported", "champion").tags
+    assert (tags["synmlops.imported"], tags["synmlops.threshold"]) == ("a.pth.tar", "0.25")
+    run = client.get_run(made.run_id)
+    assert (run.info.status, run.data.params["network.name"]) == ("FINISHED", "pytc_unet")
+    with pytest.raises(SynmlopsError, match=r"--threshold.*1\.5"):
+        register_file(path, infer=INFER, threshold=1.5, name="imported")
+    with pytest.raises(SynmlopsError, match=r"trained by run 0f0f.*--models"):
+        register_file(project.model, infer=INFER, name="imported")
 
 
 def test_registering_leaves_the_process_as_it_was(project: Project, first: RegisteredVersion) -> None:

@@ -12,7 +12,7 @@ from synmlops.cli.common import (
     app,
 )
 from synmlops.layout import EVALUATED, MODELS, RUN_FILE, WHOLE, model_file
-from synmlops.params import load_params
+from synmlops.params import SynmlopsError, load_params
 from synmlops.progress import say
 
 
@@ -37,21 +37,31 @@ def register(
     name: Annotated[str, typer.Option(help="Name in the registry.")] = "synmlops",
     alias: Annotated[str, typer.Option(help="Alias to set: champion, challenger ...")] = "champion",
     fold: Annotated[str, typer.Option(help="Of a cross-validation: whose model.")] = WHOLE,
+    model: Annotated[
+        Path | None, typer.Option(help="An imported model file, instead of what train and evaluate wrote.")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Operating point of --model, 0 to 1.")] = None,
 ) -> None:
     """Put the trained model and its operating point in the MLflow registry."""
     from synmlops.serving import registry
     from synmlops.tracking.lineage import project_root, tracking_uri
     from synmlops.tracking.record import RunRecord
 
-    version = registry.register(
-        models / model_file(fold),
-        record=RunRecord.read(models / RUN_FILE),
-        infer=load_params(params).infer,
-        operating_point=evaluated / "operating_point.json",
-        metrics=evaluated / "metrics.json",
-        name=name,
-        alias=alias,
-    )
+    infer = load_params(params).infer
+    if model is not None:
+        version = registry.register_file(model, infer=infer, threshold=threshold, name=name, alias=alias)
+    elif threshold is not None:
+        raise SynmlopsError("--threshold: goes with --model; evaluate chooses it for what train wrote")
+    else:
+        version = registry.register(
+            models / model_file(fold),
+            record=RunRecord.read(models / RUN_FILE),
+            infer=infer,
+            operating_point=evaluated / "operating_point.json",
+            metrics=evaluated / "metrics.json",
+            name=name,
+            alias=alias,
+        )
     say(version.notes)
     typer.echo(f"{version.name} version {version.version} is {version.uri}")
     store = (

@@ -29,8 +29,8 @@ from synmlops.volumes.importers.pytc_network import (
 from synmlops.volumes.importers.survey import Survey
 
 _TRACKED = "num_batches_tracked"
+_STATISTICS = (_TRACKED, "running_mean", "running_var")
 _UNION = CHANNELS.index("union")
-_MOST_NAMED = 6
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,12 @@ class Imported:
     made: dict[str, str]  # weights that the file does not hold -> where they come from
     notes: tuple[str, ...]  # what else was done, and what is worth knowing
     window_zyx: tuple[int, int, int] | None  # of its inference
+
+    @property
+    def parameters(self) -> int:
+        """Count what training learns; statistics of batch norm are none."""
+        own = (name for name in self.weights if not name.endswith(_STATISTICS))
+        return sum(self.weights[name].numel() for name in own)
 
     def save(self, path: Path) -> None:
         """Write the model file."""
@@ -62,7 +68,7 @@ class Imported:
             ("squeeze-excite", "yes" if network.squeeze_excite else "no"),
             ("beyond the image", network.padding or "replicate"),
             ("channels", ", ".join(meta.channels) + (" (exclusive)" if network.exclusive else "")),
-            ("parameters", f"{sum(weight.numel() for weight in self.weights.values()):,}"),
+            ("parameters", f"{self.parameters:,}"),
             ("iteration", str(meta.step or "not said")),
             ("intensity", f"{mean} (8-bit images)"),
             ("voxel size", f"{_by(meta.voxel_nm)} nm"),
@@ -169,20 +175,17 @@ def _fit(
         raise SynmlopsError(f"{path}: {error}") from error
     their_name = dict(zip(renamed, theirs, strict=True))
     made = {name: why for name in ours.keys() - renamed.keys() if (why := _made_without(name, ours, renamed))}
-    problems = [
-        f"{their_name[name]}: not in the network of the config" for name in renamed if name not in ours
+    wanted = {name: layout.theirs(name, ours[name].shape) for name in renamed if name in ours}
+    shapes = [
+        f"{their_name[name]} ({_by(renamed[name].shape)} in the file, {_by(shape)} by the config)"
+        for name, shape in wanted.items()
+        if tuple(renamed[name].shape) != shape
     ]
-    problems += [f"{name} of ours: not in the file" for name in ours if name not in renamed | made]
-    for name in (name for name in renamed if name in ours):
-        wanted = layout.theirs(name, ours[name].shape)
-        if tuple(renamed[name].shape) != wanted:
-            problems.append(
-                f"{their_name[name]}: {_by(renamed[name].shape) or 'a number'} in the file, {_by(wanted)} by "
-                "the config"
-            )
-    if problems:
-        more = len(problems) - _MOST_NAMED
-        listed = "\n  ".join([*problems[:_MOST_NAMED], *([f"and {more} more"] if more > 0 else [])])
+    foreign = [their_name[name] for name in renamed if name not in ours]
+    missing = [name for name in ours if name not in renamed | made]
+    problems = {"of another shape": shapes, "in the file alone": foreign, "in our network alone": missing}
+    if any(problems.values()):
+        listed = "\n  ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
         raise SynmlopsError(
             f"{path}: does not fit the config{_hint(theirs, ours)}; give the config that it was trained with:"
             f"\n  {listed}"
@@ -210,6 +213,9 @@ def _hint(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> str:
     has = any(".fc." in key for key in theirs)
     if has != any(".excite." in key for key in ours):
         return f" (the file is of MODEL.BLOCK_TYPE {'residual_se' if has else 'residual'})"
+    has = "conv_in.1.running_mean" in theirs
+    if has != ("stem.norm.running_mean" in ours):
+        return f" (the file is of MODEL.NORM_MODE {'bn or sync_bn' if has else 'gn or in'})"
     return ""
 
 

@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,7 @@ def register(
     infer: InferParams,
     operating_point: Path | None = None,
     metrics: Path | None = None,
+    threshold: float | None = None,
     name: str = NAME,
     alias: str = CHAMPION,
 ) -> RegisteredVersion:
@@ -79,6 +80,8 @@ def register(
         model's fold travels in the weights' header, in an artifact, in the metadata and as a tag.
     metrics : Path, optional
         JSON of scores; its F1 scores become tags of the version.
+    threshold : float, optional
+        In place of `operating_point`, where nothing was evaluated.
     name, alias : str
 
     Raises
@@ -93,7 +96,9 @@ def register(
             f"{model_path}: was trained by run {meta.run_key}, and the record given is of run {record.key}; "
             "`dvc checkout` brings back a model and a record that belong together"
         )
-    chosen = None if operating_point is None else _read_operating_point(operating_point, meta.fold)
+    chosen = None if threshold is None else {"threshold": threshold, "source": "given"}
+    if operating_point is not None:
+        chosen = _read_operating_point(operating_point, meta.fold)
     digest = sha256_of(model_path)
     if chosen is not None and chosen.get("model_sha256", digest) != digest:
         raise SynmlopsError(
@@ -116,6 +121,50 @@ def register(
         _check_answer(model_id)
         version = _add_version(name, model_id=model_id, run_id=run_id, tags=tags, alias=alias)
         return RegisteredVersion(name, version, alias, run_id, store.shown, notes)
+
+
+def register_file(
+    model_path: Path,
+    *,
+    infer: InferParams,
+    threshold: float | None = None,
+    name: str = NAME,
+    alias: str = CHAMPION,
+) -> RegisteredVersion:
+    """Register a model that no run of this project trained, such as an imported one, with a run made for it.
+
+    Parameters
+    ----------
+    model_path : Path
+    infer : InferParams
+    threshold : float, optional
+        Operating point, 0 to 1. Without one the version has none, and programs that decode ask for it.
+    name, alias : str
+
+    Raises
+    ------
+    SynmlopsError
+        If a run trained the model, or as `register`.
+    """
+    _check_names(name, alias)
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise SynmlopsError(f"--threshold: must be from 0 to 1, got {threshold}")
+    meta = read_meta(model_path)
+    if meta.run_key:
+        raise SynmlopsError(
+            f"{model_path}: was trained by run {meta.run_key}; give the folder of it and its run.json "
+            "with --models"
+        )
+    params = flatten(
+        {"network": meta.network.model_dump(mode="json"), "infer": infer.model_dump(mode="json")}
+    )
+    digests = {model_path.name: sha256_of(model_path)}
+    with StageRun.start(params=params, data=digests, stage="register", system=False) as run:
+        run.set_tags({"synmlops.imported": meta.imported})
+    version = register(
+        model_path, record=run.record, infer=infer, threshold=threshold, name=name, alias=alias
+    )
+    return replace(version, notes=(*run.notes, *version.notes))
 
 
 def load_registered(uri: str, *, device: str | torch.device = "cpu") -> Model:
@@ -202,6 +251,8 @@ def _tags(
         "synmlops.voxel_nm": ",".join(f"{size:g}" for size in meta.voxel_nm),
         "synmlops.step": str(meta.step),
     }
+    if meta.imported:
+        tags["synmlops.imported"] = meta.imported
     if meta.score is not None:
         tags["synmlops.validation_f1"] = f"{meta.score:.4f}"
     if operating_point is not None:
