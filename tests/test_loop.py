@@ -510,3 +510,5 @@ def test_training_begins_with_the_weights_of_a_model_file(
         SynmlopsError, match=r"train\.start_from.*network\.widths: \[4, 6\] there, \[8, 8\] here"
     ):
         bench.at("other").fit(recipe=wider)
+    with pytest.raises(SynmlopsError, match=r"train\.start_from: .*none\.safetensors: no such model"):
+        bench.at("other").fit(**still | {"start_from": str(tmp_path / "none.safetensors")})

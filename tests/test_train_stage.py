@@ -18,7 +18,11 @@ from safetensors.torch import load_file
 from tiny import TinyProject
 from tracking_tools import Server, free_port, migrated_store
 
+from synmlops.learning.checkpoint import ModelMeta, save_model
+from synmlops.learning.distributed import name_differences
 from synmlops.learning.networks.registry import build_network
+from synmlops.params import CHANNELS
+from synmlops.stages.train import _facts_of, _unlike_start
 
 TOOLS = Path(__file__).parent
 
@@ -268,3 +272,20 @@ def _losses(record: Record) -> list[tuple[object, ...]]:
     return [
         (step, value) for run, _ in record.runs() for key, step, value in record.points(run) if key == "loss"
     ]
+
+
+def test_what_training_begins_with_is_a_fact_of_it(tiny_project: TinyProject, tmp_path: Path) -> None:
+    """Another file at the same path makes another training; other grey levels are told."""
+    path, network = tmp_path / "start.safetensors", tiny_project.params.network
+    manifest = tiny_project.manifest
+    train = tiny_project.params.train.model_copy(update={"start_from": str(path)})
+    params = tiny_project.params.model_copy(update={"train": train})
+    facts = []
+    for mean in (manifest.mean, 0.0):
+        meta = ModelMeta(network=network, channels=CHANNELS, mean=mean, std=manifest.std, voxel_nm=(40, 8, 8))
+        save_model(path, build_network(network).state_dict(), meta)
+        facts.append(_facts_of(params, manifest))
+        told = _unlike_start(str(path), manifest)
+        assert ["data.grey: [0, " in line for line in told] == ([True] if mean == 0 else [])
+    assert name_differences(*facts).startswith("train.start_from.sha256")
+    assert _unlike_start(None, manifest) == []

@@ -75,7 +75,10 @@ def load_start(path: Path, network: NetworkParams) -> Model:
     SynmlopsError
         If the file is no whole model, or its network is another (naming the keys that differ).
     """
-    model = load_model(path)
+    try:
+        model = load_model(path)
+    except SynmlopsError as error:
+        raise SynmlopsError(f"train.start_from: {error}") from error
     theirs, ours = flatten(model.meta.network), flatten(network)
     others = [
         f"network.{key}: {theirs[key]} there, {ours[key]} here"

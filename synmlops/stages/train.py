@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from synmlops.layout import RUN_FILE, WHOLE, model_file
-from synmlops.learning.checkpoint import Model, ModelMeta, load_start, save_model
+from synmlops.learning.checkpoint import Model, ModelMeta, load_start, read_meta, save_model
 from synmlops.learning.distributed import Ranks, joined_ranks
 from synmlops.learning.launch import restarts_so_far
 from synmlops.learning.loop import Fitted, Observer, Recipe, Row, Silent, fit
@@ -31,6 +31,9 @@ from synmlops.volumes.prepared import Fold, Manifest, Region, read_manifest
 
 SECTIONS = ("seed", "data", "network", "sampling", "augment", "loss", "train")
 """What train depends on and logs."""
+
+SAME_GREY = 0.1
+"""Means and deviations of grey levels that differ by less than this share of a deviation are the same."""
 
 NEUTRAL = ("train.checkpoint_every",)
 """Params that change no weight and no curve: a training goes on though they changed."""
@@ -128,6 +131,7 @@ def _train_as_first(
 ) -> RunRecord:
     """Train on the rank that writes files and talks to MLflow."""
     params, folds = training.params, training.manifest.folds
+    say(_unlike_start(params.train.start_from, training.manifest))
     key_file = training.states / KEY_FILE
     key = key_file.read_text() if key_file.exists() else None
     with (
@@ -191,6 +195,21 @@ def _room_for_the_record(training: _Training) -> Iterator[None]:
 
 def _end_as_failed(run: StageRun, reason: str) -> None:
     run.finish("FAILED", reason, seconds=5.0)
+
+
+def _unlike_start(start_from: str | None, manifest: Manifest) -> list[str]:
+    """Say where the model that training begins with saw other images: it has to learn that anew."""
+    if start_from is None:
+        return []
+    meta = read_meta(Path(start_from))
+    here, there = (manifest.mean, manifest.std), (meta.mean, meta.std)
+    if all(abs(a - b) <= SAME_GREY * meta.std for a, b in zip(here, there, strict=True)):
+        return []
+    return [
+        f"train.start_from: {start_from} takes grey levels {there[0]:g} and {sum(there):g} for 0 and 1, this "
+        f"training {here[0]:.4g} and {sum(here):.4g}; to keep its own, set data.grey: "
+        f"[{there[0]:g}, {there[1]:g}]"
+    ]
 
 
 def _facts_of(params: Params, manifest: Manifest) -> Facts:
