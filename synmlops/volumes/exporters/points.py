@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from synmlops.params import SynmlopsError
@@ -13,12 +14,13 @@ from synmlops.volumes.exporters.tables import (
     Columns,
     Nm,
     Units,
+    as_text,
     chosen_units,
     lists_xyz,
     positions_of,
     read_partners,
     write_columns,
-    write_json_lines,
+    write_lines,
 )
 from synmlops.volumes.table import COLUMNS
 
@@ -118,18 +120,10 @@ def write_bound_points(table: pd.DataFrame, points_zyx: NDArray[Any], path: Path
     if path.suffix.lower() != ".jsonl":
         write_columns(bound_points(table, points_zyx), path)
         return
-    ends = {
-        "pre_pt": (points_zyx[:, 0], table.pre_neuron),
-        "post_pt": (points_zyx[:, 1], table.post_neuron),
-        "ctr_pt": (points_zyx.mean(axis=1), None),
-    }
-    rows: dict[str, Any] = {
-        "id": table.partner.tolist(),
-        "valid": [True] * len(table),
-        "size": (table.pre_voxels + table.post_voxels).astype(float).tolist(),
-    }
-    for name, (points, neurons) in ends.items():
-        rows[name] = {"position": points[:, ::-1].tolist()}
-        if neurons is not None:
-            rows[name]["root_id"] = neurons.tolist()
-    write_json_lines(rows, path)
+    flat = {name: as_text(pa.array(column)) for name, column in bound_points(table, points_zyx).items()}
+    parts: list[str | pa.Array] = ['{"id": ', flat["id"], ', "valid": true, "size": ', flat["size"]]
+    for end in ("pre_pt", "post_pt"):
+        parts += [f', "{end}": {{"position": ', flat[f"{end}_position"]]
+        parts += [', "root_id": ', flat[f"{end}_root_id"], "}"]
+    parts += [', "ctr_pt": {"position": ', flat["ctr_pt_position"], "}}"]
+    write_lines(parts, path)

@@ -257,7 +257,7 @@ def _write_index(folder: Path, keys: NDArray[np.uint64], values: Iterator[bytes]
         "minishard_bits": _MINISHARD_BITS,
         "shard_bits": int(np.ceil(np.log2(len(keys) / _SHARD_KEYS))) if len(keys) > _SHARD_KEYS else 0,
         "minishard_index_encoding": "gzip",
-        "data_encoding": "gzip",
+        "data_encoding": "raw",
     }
     _write_shards(folder, keys, list(values), sharding)
     return {"sharding": sharding}

@@ -1,13 +1,13 @@
 """Partner tables in, and flat tables out: CSV, TSV, Parquet, Feather, JSON lines."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet
@@ -24,6 +24,8 @@ Columns = Mapping[str, NDArray[Any] | pa.Array]
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 FLAT = (*DELIMITERS, ".parquet", ".feather")
 """Suffixes of flat tables."""
+
+_ROWS = 100_000  # made into text at once
 
 
 def read_partners(path: Path) -> pd.DataFrame:
@@ -113,7 +115,7 @@ def write_columns(columns: Columns, path: Path) -> None:
         name: column if isinstance(column, pa.Array) else pa.array(column) for name, column in columns.items()
     }
     if suffix in DELIMITERS:
-        arrays = {name: _as_text(column) for name, column in arrays.items()}
+        arrays = {name: as_text(column) for name, column in arrays.items()}
     table = pa.table(arrays)
     with atomic_path(path) as partial:
         if suffix == ".parquet":
@@ -125,19 +127,22 @@ def write_columns(columns: Columns, path: Path) -> None:
             pyarrow.csv.write_csv(table, partial, options)
 
 
-def write_json_lines(rows: Mapping[str, Any], path: Path) -> None:
-    """Write a JSON object a line; `rows` has a list for each key, of which those of a dict are nested."""
+def write_lines(parts: Sequence[str | pa.Array], path: Path) -> None:
+    """Write a line of text for each row: the parts one after another, of which a text is the same in all.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "a.jsonl"
+    >>> write_lines(['{"id": ', pa.array([1, 2]), "}"], path)
+    >>> path.read_text().splitlines()
+    ['{"id": 1}', '{"id": 2}']
+    """
+    n = max(len(part) for part in parts if isinstance(part, pa.Array))
     with atomic_path(path) as partial, partial.open("w", encoding="utf-8") as file:
-        names = list(rows)
-        for values in zip(*(_nested(rows[name]) for name in names), strict=True):
-            file.write(json.dumps(dict(zip(names, values, strict=True))) + "\n")
-
-
-def _nested(rows: Any) -> list[Any]:
-    if not isinstance(rows, Mapping):
-        return list(rows)
-    parts = zip(*(_nested(part) for part in rows.values()), strict=True)
-    return [dict(zip(rows, values, strict=True)) for values in parts]
+        for start in range(0, n, _ROWS):
+            some = [part if isinstance(part, str) else part[start : start + _ROWS] for part in parts]
+            file.write("\n".join(_joined(*some).to_pylist()) + "\n")
 
 
 def lists_xyz(points_zyx: NDArray[Any]) -> pa.Array:
@@ -145,8 +150,16 @@ def lists_xyz(points_zyx: NDArray[Any]) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(points_zyx[:, ::-1].ravel()), 3)
 
 
-def _as_text(column: pa.Array) -> pa.Array:
+def as_text(column: pa.Array) -> pa.Array:
+    """Give a column of lists of three as text, "[1, 2, 3]"; others as they are."""
     if not pa.types.is_fixed_size_list(column.type):
         return column
-    flat = column.flatten().cast(pa.string()).to_numpy(zero_copy_only=False).reshape(-1, 3)
-    return pa.array([f"[{x}, {y}, {z}]" for x, y, z in flat])
+    flat = column.flatten()
+    x, y, z = (flat.take(pa.array(np.arange(n, len(flat), 3))) for n in range(3))
+    return _joined("[", x, ", ", y, ", ", z, "]")
+
+
+def _joined(*parts: str | pa.Array) -> pa.Array:
+    """Put texts and columns together, row by row."""
+    texts = [pa.scalar(part) if isinstance(part, str) else part.cast(pa.string()) for part in parts]
+    return pc.binary_join_element_wise(*texts, "")

@@ -1,6 +1,7 @@
 """Tables of pre and post points: whose columns they are, and what stands in them."""
 
 import difflib
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -270,20 +271,24 @@ def _positions(path: Path, frame: pd.DataFrame, names: tuple[str, ...]) -> NDArr
 
 def _lists(path: Path, column: "pd.Series[Any]") -> NDArray[np.float64]:
     """Give x, y, z of a column of lists, or of text such as "[1, 2, 3]" or "[1 2 3]"."""
-    first = column.iloc[0]
-    if isinstance(first, str):
-        parts = column.astype("str").str.strip("[]() ").str.split(r"[,\s]+", regex=True)
+    if isinstance(column.iloc[0], str):
+        trimmed = pc.utf8_trim(pa.array(column.fillna("").astype("str")), "[]() \t")
+        plain = pc.replace_substring_regex(trimmed, r"[,\s]+", " ")
+        lengths = pc.count_substring(plain, " ").to_numpy(zero_copy_only=False) + 1
+        values = itertools.chain.from_iterable(text.split(" ") for text in plain.to_pylist())
     else:
-        parts = column
-    lengths = parts.map(lambda one: len(one) if isinstance(one, list | tuple | np.ndarray) else 0)
-    wrong = np.flatnonzero(lengths.to_numpy() != 3)
+        lengths = column.map(
+            lambda one: len(one) if isinstance(one, list | tuple | np.ndarray) else 0
+        ).to_numpy()
+        values = itertools.chain.from_iterable(column)
+    wrong = np.flatnonzero(lengths != 3)
     if len(wrong):
         raise SynmlopsError(
             f"{path}: row {wrong[0] + 1} has {column.iloc[wrong[0]]!r} in {column.name}, not three "
             "numbers x, y, z"
         )
     try:
-        return np.array(parts.to_list(), np.float64).reshape(-1, 3)
+        return np.fromiter(map(float, values), np.float64, 3 * len(column)).reshape(-1, 3)
     except ValueError as error:
         raise SynmlopsError(f"{path}: {column.name} holds what is no number ({error})") from error
 
