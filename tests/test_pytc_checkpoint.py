@@ -1,4 +1,5 @@
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
@@ -13,12 +14,16 @@ from plain_pytc import Form, plain_unet
 from rich.console import Console
 from torch import Tensor
 
+from synmlops.cli import main
 from synmlops.learning.checkpoint import load_model
 from synmlops.learning.networks.registry import build_network
+from synmlops.learning.predict import predict_array
 from synmlops.learning.pytc_checkpoint import Imported, import_checkpoint
 from synmlops.learning.pytc_weights import from_pytc
+from synmlops.params import InferParams
 from synmlops.section import SynmlopsError
 from synmlops.volumes.importers.survey import render
+from synmlops.volumes.phantom import make_phantom
 
 VOXEL = (40.0, 8.0, 8.0)
 GOLDEN = ("unet_3d_residual_bn", "unet_plus_3d_residual_bn_swa", "unet_plus_3d_residual_se_gn")
@@ -297,3 +302,40 @@ def test_the_reference_can_differ() -> None:
 def test_a_network_of_the_config_alone_has_the_files_weights(tmp_path: Path) -> None:
     imported = _imported(tmp_path, Form(plus=True, excite=True, norm="gn"))
     assert list(build_network(imported.meta.network).state_dict()) == list(imported.weights)
+
+
+def test_the_command_writes_a_model_that_predicts_and_a_dry_run_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str | Path) -> int:
+        given = ["import", "checkpoint", *arguments, "--voxel-nm", "40,8,8"]
+        monkeypatch.setattr(sys, "argv", ["synmlops", *map(str, given)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return int(end.value.code or 0)
+
+    form = Form(plus=True, norm="gn")
+    checkpoint, config = _written(tmp_path, form)
+    before = set(tmp_path.iterdir())
+    out = tmp_path / "model.safetensors"
+    assert run(checkpoint, "--config", config, "--out", out, "--dry-run") == 0
+    assert "plus_unet, group norm" in capsys.readouterr().out
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(config.read_text().replace("- 24", "- 32"))
+    assert run(checkpoint, "--config", wrong, "--out", out) == 2
+    assert capsys.readouterr().err.startswith(f"synmlops: {checkpoint}: does not fit the config")
+    wrong.unlink()
+    assert set(tmp_path.iterdir()) == before
+    assert run(checkpoint, "--config", config, "--out", out) == 0
+
+    phantom = make_phantom(size_zyx=(8, 48, 40), voxel_nm=VOXEL, seed=1)
+    params = InferParams(window_zyx=(9, 33, 33), precision="float32")
+    probabilities = predict_array(load_model(out), phantom.image, params=params)
+    assert probabilities.shape == (3, 8, 48, 40)
+    whole = InferParams(window_zyx=(9, 49, 41), overlap=0, precision="float32")
+    seen = np.pad(phantom.image, [(0, 1)] * 3, mode="edge")
+    with torch.no_grad():
+        plain = plain_unet(form)((torch.from_numpy(seen)[None, None] / 255 - 0.5) / 0.5).sigmoid()
+    exact = (255 * plain[0, :, :8, :48, :40]).numpy()
+    whole_found = predict_array(load_model(out), phantom.image, params=whole)
+    assert np.abs(whole_found - exact).max() <= 0.51

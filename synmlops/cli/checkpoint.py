@@ -31,4 +31,5 @@ def checkpoint(
     if dry_run:
         return
     imported.save(out)
-    typer.echo(f"{out}: run it with `synmlops infer --model {out} --image VOLUME`")
+    typer.echo(f"{out}: run it with `synmlops infer --model {out} --image VOLUME`; to train on, set")
+    typer.echo(f"train.start_from: {out} in the params.yaml that `synmlops import pytc {config}` writes")

@@ -15,7 +15,8 @@ from torch import Tensor
 from synmlops.learning.checkpoint import ModelMeta, save_model
 from synmlops.learning.networks.registry import build_network
 from synmlops.learning.pytc_weights import from_pytc, read_tensors, some
-from synmlops.section import CHANNELS, Nm, SynmlopsError
+from synmlops.learning_params import InferParams
+from synmlops.section import CHANNELS, Nm, SynmlopsError, Zyx
 from synmlops.volumes.files import sha256_of
 from synmlops.volumes.importers.pytc_network import (
     Outputs,
@@ -29,6 +30,7 @@ from synmlops.volumes.importers.pytc_network import (
 from synmlops.volumes.importers.survey import Survey
 
 _TRACKED = "num_batches_tracked"
+_WINDOW = InferParams().window_zyx
 _STATISTICS = (_TRACKED, "running_mean", "running_var")
 _UNION = CHANNELS.index("union")
 
@@ -44,13 +46,22 @@ class Imported:
     left: dict[str, str]  # keys of the file that did not -> why
     made: dict[str, str]  # weights that the file does not hold -> where they come from
     notes: tuple[str, ...]  # what else was done, and what is worth knowing
-    window_zyx: tuple[int, int, int] | None  # of its inference
+    window_zyx: Zyx | None  # of its inference
 
     @property
     def parameters(self) -> int:
         """Count what training learns; statistics of batch norm are none."""
         own = (name for name in self.weights if not name.endswith(_STATISTICS))
         return sum(self.weights[name].numel() for name in own)
+
+    def windows_here(self) -> Zyx:
+        """Give the size for `infer.window_zyx` that is nearest to its own windows."""
+        network = self.meta.network
+        z, y, x = (
+            size if network.takes_size(size, pool) else max(1, round(size / pool)) * pool
+            for size, pool in zip(self.window_zyx or _WINDOW, network.total_pool_zyx(), strict=True)
+        )
+        return z, y, x
 
     def save(self, path: Path) -> None:
         """Write the model file."""
@@ -75,6 +86,7 @@ class Imported:
             ("receptive field, at most", f"{_by(network.receptive_field_zyx())} voxels"),
             ("windows are multiples of", _by(network.total_pool_zyx())),
             ("its own windows", _by(self.window_zyx) if self.window_zyx else "not said"),
+            ("infer.window_zyx", f"{list(self.windows_here())}, or another that fits"),
             ("keys taken over", str(self.taken)),
             *((f"keys left: {why}", some(names)) for why, names in _by_reason(self.left).items()),
             *((f"weights made: {why}", some(names)) for why, names in _by_reason(self.made).items()),
