@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from synmlops.params import SynmlopsError
-from synmlops.volumes.importers.vnc import VOXEL_NM, import_vnc
+from synmlops.volumes.importers.vnc import VOXEL_NM, import_vnc, survey_vnc
 from synmlops.volumes.store import Grid, open_volume
 
 
@@ -63,6 +63,34 @@ def test_a_folder(source: Path, tmp_path: Path) -> None:
         "stack2_image.h5",
     ]
     _check(tmp_path / "out")
+
+
+def _zip_of(source: Path, tmp_path: Path) -> str:
+    return str(_zip(source, tmp_path / "vnc.zip"))
+
+
+@pytest.mark.parametrize("given", [lambda source, _: source, _zip_of])
+def test_a_survey_writes_a_picture_alone(
+    source: Path, tmp_path: Path, given: Callable[[Path, Path], str | Path]
+) -> None:
+    shutil.rmtree(source / "stack2")
+    where = given(source, tmp_path)
+    before = set(tmp_path.rglob("*"))
+    survey = survey_vnc(where, tmp_path / "survey.png")
+    rows = dict(survey.rows)
+    assert rows["stack1 image"] == "4 x 40 x 30 voxels, uint8"
+    assert rows["stack1 label"].startswith("union: 3 synapses, 0.77% of the voxels")
+    assert survey.odd == ("the data set has stack1 and stack2, here is stack1 alone",)
+    assert set(tmp_path.rglob("*")) - before == {tmp_path / "survey.png"}
+    with Image.open(tmp_path / "survey.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    assert (pixels == (0x8A, 0x63, 0xC9)).all(axis=1).sum() > 100  # outlines of synapses of unknown side
+
+
+def test_a_survey_of_a_faulty_source(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(SynmlopsError, match=r"02.tif: is truncated"):
+        survey_vnc(_spoil(source, "truncated"), tmp_path / "survey.png")
+    assert not (tmp_path / "survey.png").exists()
 
 
 def test_the_real_data(shared: Callable[[str], Path], tmp_path: Path) -> None:

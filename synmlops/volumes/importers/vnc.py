@@ -11,6 +11,7 @@ import tempfile
 import urllib.parse
 import zipfile
 import zlib
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,7 +24,10 @@ from numpy.typing import NDArray
 from synmlops.params import SynmlopsError
 from synmlops.volumes.files import plain_write_errors, sha256_of
 from synmlops.volumes.importers.download import download
+from synmlops.volumes.importers.survey import Survey, draw_synapses
+from synmlops.volumes.prepared import SIDE_UNKNOWN
 from synmlops.volumes.sections import read_section, section_files
+from synmlops.volumes.sites import MIDDLE, find_sites
 from synmlops.volumes.store import Grid, hdf5_writer
 
 VOXEL_NM = (50.0, 4.6, 4.6)
@@ -107,18 +111,75 @@ def import_vnc(
         Nothing is written then.
     """
     archive = _archive_of(str(source), dest, sha256=sha256, show_progress=show_progress)
-    if archive is None:
-        stacks = _read_stacks(Path(source))
-    else:
-        with ExitStack() as cleanup:
-            with plain_write_errors(dest, dest.parent):
-                dest.parent.mkdir(parents=True, exist_ok=True)
-                temporary = tempfile.TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.parent)
-            folder = cleanup.enter_context(temporary)
-            unpack(archive, Path(folder))
-            stacks = _read_stacks(Path(folder), shown_as=str(source))
+    stacks = _stacks_in(source, archive, beside=dest)
     summaries = _write_stacks(stacks, dest, bands)
     return VncSummary(summaries, archive, None if archive is None else sha256_of(archive))
+
+
+def survey_vnc(
+    source: str | Path, picture: Path | None, *, sha256: str | None = None, show_progress: bool = True
+) -> Survey:
+    """Say what an import would read, and draw a few synapses to `picture`; nothing else is written.
+
+    An archive at an address is downloaded into a temporary place for it.
+
+    Raises
+    ------
+    SynmlopsError
+        As `import_vnc`.
+    """
+    with tempfile.TemporaryDirectory(prefix="synmlops-") as scratch:
+        beside = Path(scratch) / "vnc"
+        archive = _archive_of(str(source), beside, sha256=sha256, show_progress=show_progress)
+        stacks = _stacks_in(source, archive, beside=beside)
+        rows = [("voxels", f"{' x '.join(f'{n:g}' for n in VOXEL_NM)} nm, z y x; no offset")]
+        rows += [] if archive is None else [("archive", f"sha256 {sha256_of(archive)}")]
+    for stack in stacks:
+        rows += _told(stack)
+    marked = [stack for stack in stacks if stack.label is not None and stack.label.any()]
+    if picture is not None and marked:
+        _draw(marked[0], picture)
+    return Survey(str(source), tuple(rows), tuple(_oddities(stacks)))
+
+
+def _told(stack: _Stack) -> Iterator[tuple[str, str]]:
+    yield f"{stack.name} image", f"{' x '.join(map(str, stack.image.shape))} voxels, {stack.image.dtype}"
+    if stack.label is None:
+        yield f"{stack.name} label", "none was published"
+        return
+    n = int(cc3d.connected_components(stack.label, connectivity=26, return_N=True)[1])
+    yield (
+        f"{stack.name} label",
+        f"union: {n} synapses, {stack.label.mean():.2%} of the voxels; sides not known",
+    )
+
+
+def _oddities(stacks: list[_Stack]) -> Iterator[str]:
+    if [stack.name for stack in stacks] != list(_STACKS):
+        here = ", ".join(stack.name for stack in stacks)
+        yield f"the data set has {' and '.join(_STACKS)}, here is {here} alone"
+    for stack in stacks:
+        if stack.label is not None and not stack.label.any():
+            yield f"{stack.name}: no synapse is marked in its sections"
+        flat = np.flatnonzero(np.ptp(stack.image, axis=(1, 2)) == 0)
+        if len(flat):
+            grey = stack.image[flat[0], 0, 0]
+            yield f"{stack.name}: section {flat[0]} is {grey} everywhere ({len(flat)} such)"
+
+
+def _draw(stack: _Stack, picture: Path) -> None:
+    label = stack.label
+    assert label is not None
+    middles = find_sites(lambda: [(0, label)], "union", voxel_nm=VOXEL_NM)[:, MIDDLE]
+    none = np.full(middles.shape, np.nan)
+    draw_synapses(
+        picture,
+        image=stack.image,
+        sides=lambda box: label[box] * np.uint8(SIDE_UNKNOWN),
+        points_zyx=np.stack([middles.astype(float), none], axis=1),
+        voxel_nm=VOXEL_NM,
+        titles=[f"{stack.name}, z y x = {' '.join(map(str, at))}" for at in middles.tolist()],
+    )
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -176,6 +237,19 @@ def _archive_of(source: str, dest: Path, *, sha256: str | None, show_progress: b
     if sha256 is not None and found != sha256.lower().strip():
         raise SynmlopsError(f"{source}: has SHA-256 {found}, not {sha256}; get the archive again")
     return path_here
+
+
+def _stacks_in(source: str | Path, archive: Path | None, *, beside: Path) -> list[_Stack]:
+    """Read the stacks of a folder, or of an archive that is unpacked for it into a temporary folder."""
+    if archive is None:
+        return _read_stacks(Path(source))
+    with ExitStack() as cleanup:
+        with plain_write_errors(beside, beside.parent):
+            beside.parent.mkdir(parents=True, exist_ok=True)
+            temporary = tempfile.TemporaryDirectory(prefix=f".{beside.name}.", dir=beside.parent)
+        folder = cleanup.enter_context(temporary)
+        unpack(archive, Path(folder))
+        return _read_stacks(Path(folder), shown_as=str(source))
 
 
 def _read_stacks(source: Path, *, shown_as: str | None = None) -> list[_Stack]:
