@@ -76,7 +76,7 @@ class Annotations:
         >>> points = Annotations(ids, (PRE_TYPE, POST_TYPE), np.array([[0, 0, 0], [0, 4, 8]]), ids[None],
         ...                      offset_nm=(40, 0, 0))
         >>> points.pairs_nm().tolist(), points.partner_rows.tolist()
-        ([[[40, 0, 0], [40, 4, 8]]], [[0, 1]])
+        ([[[40.0, 0.0, 0.0], [40.0, 4.0, 8.0]]], [[0, 1]])
         """
         shift = np.asarray(self.offset_nm) - np.asarray(origin_nm)  # first, as the challenge's scorer does
         pairs: NDArray[np.float64] = (self.locations_nm + shift)[self.partner_rows]

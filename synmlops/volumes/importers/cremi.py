@@ -31,18 +31,16 @@ from synmlops.volumes.cremi import (
     read_annotations,
 )
 from synmlops.volumes.files import atomic_path
+from synmlops.volumes.importers.cremi_clefts import Box, Surroundings, pieces_of
 from synmlops.volumes.importers.cremi_sites import (
     CONTESTED,
     LOST_SIDE,
     NOT_ANNOTATED,
-    Box,
-    Clefts,
     Doubt,
     Pairs,
     Sites,
     capsules,
     claim_all,
-    pieces_of,
     place_pairs,
 )
 from synmlops.volumes.importers.cremi_table import table_of
@@ -150,10 +148,9 @@ def label_cremi(
         faulty = _faulty(source, pairs, neurons.shape, grid.voxel_nm, leave_out=leave_out_faulty)
         clefts = pieces_of(_cleft_slabs(in_clefts, mask), in_clefts.shape)
         shape = (raw.shape[0], raw.shape[1], raw.shape[2])
-    sites = place_pairs(
-        pairs, clefts, neurons, voxel_nm=grid.voxel_nm, thickness_nm=thickness_nm, reach_nm=reach_nm
-    )
-    label, doubts = _labelled(sites, pairs, clefts, neurons, mask, grid.voxel_nm, thickness_nm)
+    beside = Surroundings(clefts, neurons.shape, voxel_nm=grid.voxel_nm, thickness_nm=thickness_nm)
+    sites = place_pairs(pairs, beside, neurons, reach_nm=reach_nm)
+    label, doubts = _labelled(sites, pairs, beside, neurons, mask)
     doubts += [_pair_doubt(kind, pairs, row) for kind, rows in sites.doubts.items() for row in rows]
     doubts += [_pair_doubt(FAULTY, pairs, row) for row in faulty]
     doubts += _mask_points(pairs, sites, annotations, origin, mask, label, grid.voxel_nm, thickness_nm)
@@ -298,16 +295,14 @@ def _faulty(
 def _labelled(
     sites: Sites,
     pairs: Pairs,
-    clefts: Clefts,
+    surroundings: Surroundings,
     neurons: NDArray[np.unsignedinteger],
     mask: NDArray[np.uint8],
-    voxel_nm: tuple[float, float, float],
-    thickness_nm: float,
 ) -> tuple[NDArray[np.unsignedinteger], list[Doubt]]:
     """Give the labels of the sites; what is not known becomes 0 there and in the mask."""
-    claims, nobodys = claim_all(sites, pairs, clefts, neurons, voxel_nm=voxel_nm, thickness_nm=thickness_nm)
+    claims, nobodys = claim_all(sites, pairs, surroundings, neurons)
     label, n_sites = claims.label, int(sites.site.max(initial=0))
-    size = np.asarray(voxel_nm)
+    clefts, size = surroundings.clefts, np.asarray(surroundings.voxel_nm)
     doubts = [
         Doubt(
             NOT_ANNOTATED, f"cleft {clefts.ids[k]}, {len(clefts.of(k))} voxels", _middle(clefts.of(k) * size)

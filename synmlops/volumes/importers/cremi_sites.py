@@ -3,33 +3,25 @@ claims."""
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import distance_transform_edt, uniform_filter
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from synmlops.volumes.cremi import is_id
+from synmlops.volumes.importers.cremi_clefts import Box, Clefts, Nm, Surroundings
 from synmlops.volumes.labels import smallest_unsigned
-
-Nm = tuple[float, float, float]
-Box = tuple[slice, slice, slice]
-
-_RIM_NM = 120.0  # how far about a cleft voxel its piece is looked at: more than a cleft is thick
-_LOPSIDED = 0.42  # of that: at a straight rim the rest is 0.5 away, on a face of a 50 nm cleft 0.2
-_SIDEWAYS = 0.6  # cosine to the way off the piece from which a step leads past the rim
-_PAST_RIM_NM = 20.0  # tissue this far past the rim still belongs to the synapse
 
 NO_CLEFT = "pairs with no cleft near"
 ONE_SIDED = "pairs whose nearest cleft does not lie between their neurons"
 ONE_NEURON = "pairs within one neuron"
 NOT_ANNOTATED = "clefts without an annotated pair"
 CONTESTED = "sites that lost voxels which are as near to another cleft"
-LOST_SIDE = "sites with a side that is nearer to other clefts everywhere"
+LOST_SIDE = "sites with a side that cannot be told from those of others"
 
 
 @dataclass(frozen=True)
@@ -39,24 +31,6 @@ class Doubt:
     kind: str
     what: str
     at_nm: tuple[float, float, float]  # where, in the world
-
-
-@dataclass(frozen=True, eq=False)
-class Clefts:
-    """Connected pieces of clefts; the voxels of piece k are `voxels[starts[k] : starts[k + 1]]`."""
-
-    voxels: NDArray[np.int32]  # (M, 3)
-    starts: NDArray[np.intp]  # (K + 1,)
-    ids: NDArray[np.uint64]  # (K,) which cleft of the file
-    low: NDArray[np.int32]  # (K, 3) box of each, half open
-    high: NDArray[np.int32]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def of(self, k: int | np.integer) -> NDArray[np.int32]:
-        """Give the voxels of one piece."""
-        return self.voxels[self.starts[k] : self.starts[k + 1]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,72 +56,18 @@ class Sites:
     doubtful: set[int] = field(default_factory=set)  # pieces at which pairs lie that could not be placed
 
 
-def pieces_of(slabs: Iterable[tuple[int, NDArray[np.uint64]]], shape: tuple[int, ...]) -> Clefts:
-    """Find the 26-connected pieces of each cleft of a label given in slabs along z.
-
-    Examples
-    --------
-    >>> found = pieces_of([(0, np.array([[[7, 0, 7, 7, 8]]], np.uint64))], (1, 1, 5))
-    >>> found.ids.tolist(), found.low[:, 2].tolist(), found.high[:, 2].tolist()
-    ([7, 7, 8], [0, 2, 4], [1, 4, 5])
-    """
-    section = shape[1] * shape[2]
-    parts: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []
-    for z, slab in slabs:
-        here = np.flatnonzero(is_id(slab))
-        parts.append((here + z * section, slab.reshape(-1)[here]))
-    flat, ids = (np.concatenate(each) for each in zip(*parts, strict=True))
-    piece = _connected(flat, ids, shape)
-    order = np.argsort(piece, kind="stable")
-    starts = np.flatnonzero(np.diff(piece[order], prepend=-1))
-    voxels = np.stack(np.unravel_index(flat[order], shape), axis=1).astype(np.int32)
-    none = np.empty((0, 3), np.int32)
-    return Clefts(
-        voxels=voxels,
-        starts=np.append(starts, len(flat)),
-        ids=ids[order][starts].astype(np.uint64),
-        low=np.minimum.reduceat(voxels, starts) if len(starts) else none,
-        high=np.maximum.reduceat(voxels, starts) + 1 if len(starts) else none,
-    )
-
-
-def _connected(flat: NDArray[np.int64], ids: NDArray[np.uint64], shape: tuple[int, ...]) -> NDArray[np.int64]:
-    """Number the connected pieces of equal id among voxels given by their ascending place."""
-    at = np.stack(np.unravel_index(flat, shape))
-    edges = [np.empty((2, 0), np.int64)]
-    for step in np.ndindex(3, 3, 3):
-        move = np.array(step) - 1
-        if tuple(move) <= (0, 0, 0):  # the other half are the same edges
-            continue
-        there = at + move[:, None]
-        inside = ((there >= 0) & (there < np.array(shape)[:, None])).all(axis=0)
-        rows = np.flatnonzero(inside)
-        wanted = flat[rows] + (move[0] * shape[1] + move[1]) * shape[2] + move[2]
-        place = np.searchsorted(flat, wanted).clip(max=max(0, len(flat) - 1))
-        same = (flat[place] == wanted) & (ids[place] == ids[rows])
-        edges.append(np.stack((rows[same], place[same])))
-    a, b = np.concatenate(edges, axis=1)
-    graph = coo_array((np.ones(len(a), bool), (a, b)), shape=(len(flat), len(flat)))
-    return np.asarray(connected_components(graph, directed=False)[1], np.int64)
-
-
 def place_pairs(
-    pairs: Pairs,
-    clefts: Clefts,
-    neurons: NDArray[np.unsignedinteger],
-    *,
-    voxel_nm: Nm,
-    thickness_nm: float,
-    reach_nm: float,
+    pairs: Pairs, surroundings: Surroundings, neurons: NDArray[np.unsignedinteger], *, reach_nm: float
 ) -> Sites:
     """Find the cleft of each pair, and join the pairs of one site.
 
     A pair lies at the piece nearest to the line between its points, no farther than `reach_nm`, that has both
-    its neurons within `thickness_nm`. Pairs are one site if they share the pre annotation, or the piece and
+    its neurons beside it. Pairs are one site if they share the pre annotation, or the piece and
     the pre neuron. A piece at which no pair lies joins a site that is within reach, touches both neurons of a
     pair and has a piece of the same cleft.
     """
-    beside = _Beside(clefts, neurons, voxel_nm, thickness_nm)
+    clefts, voxel_nm = surroundings.clefts, surroundings.voxel_nm
+    beside = cache(lambda k: surroundings.neurons(k, neurons))
     piece = np.full(len(pairs.ids), -1)
     doubts: dict[str, list[int]] = defaultdict(list)
     doubtful: set[int] = set()
@@ -238,66 +158,6 @@ def to_segment(points: NDArray[Any], ends: NDArray[np.float64]) -> NDArray[np.fl
     return distance
 
 
-class _Beside:
-    """Neurons within the thickness of a piece, worked out when first asked for."""
-
-    def __init__(
-        self, clefts: Clefts, neurons: NDArray[np.unsignedinteger], voxel_nm: Nm, thickness_nm: float
-    ) -> None:
-        self._clefts, self._neurons = clefts, neurons
-        self._voxel_nm, self._thickness_nm = voxel_nm, thickness_nm
-        self._known: dict[int, set[int]] = {}
-
-    def __call__(self, k: int) -> set[int]:
-        if k not in self._known:
-            box, near = near_piece(self._clefts, k, self._neurons.shape, self._voxel_nm, self._thickness_nm)
-            self._known[k] = set(np.unique(self._neurons[box][np.isfinite(near)]).tolist()) - {0}
-        return self._known[k]
-
-
-def near_piece(
-    clefts: Clefts, k: int, shape: tuple[int, ...], voxel_nm: Nm, thickness_nm: float
-) -> tuple[Box, NDArray[np.float32]]:
-    """Give the box around a piece and the distance to it; infinite beyond the thickness and past its rim."""
-    margin = np.ceil(thickness_nm / np.asarray(voxel_nm)).astype(int)
-    low, high = (clefts.low[k] - margin).clip(min=0), np.minimum(clefts.high[k] + margin, shape)
-    piece = np.zeros(high - low, bool)
-    piece[tuple((clefts.of(k) - low).T)] = True
-    away, foot = distance_transform_edt(~piece, sampling=voxel_nm, return_indices=True)
-    near = np.flatnonzero((away > 0) & (away <= thickness_nm))
-    beside = near[~_past_rim(piece, near, foot.reshape(3, -1)[:, near], voxel_nm)]
-    distance = np.where(piece, np.float32(0), np.float32(np.inf))
-    distance.reshape(-1)[beside] = away.reshape(-1)[beside]
-    z, y, x = (slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
-    return (z, y, x), distance
-
-
-def _past_rim(
-    piece: NDArray[np.bool_], near: NDArray[np.intp], foot: NDArray[np.integer], voxel_nm: Nm
-) -> NDArray[np.bool_]:
-    """Tell which voxels lie past the rim of a piece and not beside it.
-
-    At its rim a piece lies all to one side. A voxel whose nearest cleft voxel (`foot`) is of the rim is past
-    it if the way from there leads away from the rest of the piece, and not along the normal.
-    """
-    size = np.asarray(voxel_nm)
-    span = tuple(2 * int(_RIM_NM // each) + 1 for each in voxel_nm)
-    at = np.stack(np.nonzero(piece))
-    weight = uniform_filter(piece.astype(np.float64), span, mode="constant")[tuple(at)]
-    inward = np.zeros((3, *piece.shape), np.float32)
-    for axis, edge in enumerate(voxel_nm):
-        place = np.arange(piece.shape[axis]).reshape([-1 if i == axis else 1 for i in range(3)])
-        mean = uniform_filter(piece * (place * edge), span, mode="constant")[tuple(at)] / weight
-        inward[axis][tuple(at)] = mean - at[axis] * edge
-    towards = inward[:, foot[0], foot[1], foot[2]]
-    step = (np.stack(np.unravel_index(near, piece.shape)) - foot) * size[:, None]
-    length = np.linalg.norm(towards, axis=0)
-    outward = -(step * towards).sum(axis=0) / np.maximum(length, 1)
-    limit = np.maximum(_PAST_RIM_NM, _SIDEWAYS * np.linalg.norm(step, axis=0))
-    past: NDArray[np.bool_] = (length > _LOPSIDED * _RIM_NM) & (outward > limit)
-    return past
-
-
 class Claims:
     """Voxels and the site that each belongs to: the one whose cleft is nearest.
 
@@ -328,11 +188,8 @@ class Claims:
 def claim_all(
     sites: Sites,
     pairs: Pairs,
-    clefts: Clefts,
+    surroundings: Surroundings,
     neurons: NDArray[np.unsignedinteger],
-    *,
-    voxel_nm: Nm,
-    thickness_nm: float,
 ) -> tuple[Claims, list[int]]:
     """Let every site claim the tissue beside its clefts; also gives the pieces that no pair lies at.
 
@@ -340,19 +197,19 @@ def claim_all(
     and all tissue beside a cleft that is nobody's, is claimed as unknown.
     """
     n_sites = int(sites.site.max(initial=0))
-    claims = Claims(neurons.shape, n_sites, voxel_nm)
+    claims = Claims(neurons.shape, n_sites, surroundings.voxel_nm)
     taken: set[int] = set()
     for number, pieces in sorted(sites.pieces.items()):
         rows = np.flatnonzero(sites.site == number)
         pre, posts = pairs.neurons[rows[0], 0], np.unique(pairs.neurons[rows, 1])
         for k in pieces:
-            box, near = near_piece(clefts, k, neurons.shape, voxel_nm, thickness_nm)
+            box, near = surroundings(k)
             ids = _ids_of(neurons[box], number=number, pre=pre, posts=posts, unknown=claims.unknown)
             claims.claim(box, near, ids)
         taken.update(pieces)
-    nobodys = [k for k in range(len(clefts)) if k not in taken]
+    nobodys = [k for k in range(len(surroundings.clefts)) if k not in taken]
     for k in nobodys:
-        box, near = near_piece(clefts, k, neurons.shape, voxel_nm, thickness_nm)
+        box, near = surroundings(k)
         claims.claim(box, near, np.full(near.shape, claims.unknown))
     return claims, [k for k in nobodys if k not in sites.doubtful]
 
