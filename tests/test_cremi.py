@@ -104,9 +104,15 @@ def test_the_tissue_beside_the_cleft_on_either_side(tmp_path: Path) -> None:
     assert not made.label[:2].any()
     assert not made.label[5:].any()
     assert np.unique(made.label[2:5, 4:20, 12:18]).tolist() == [1, 2]
-    assert not made.label[:, :2].any()  # past the rim of the cleft, in reach all the same
     assert made.mask.all()
     assert not made.doubts
+
+
+def test_tissue_past_the_rim_of_the_cleft_is_not_beside_it(tmp_path: Path) -> None:
+    made = labels_of(polyadic(), tmp_path, thickness_nm=48.0)
+    assert made.label[3, 12, 7:16].tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 2]
+    assert made.label[3, 20, 14] == 1  # 8 nm past it
+    assert not made.label[3, 23].any()  # 32 nm past it, and within 48 nm of the cleft
 
 
 def test_a_polyadic_site_is_one_instance_and_a_row_for_each_partner(tmp_path: Path) -> None:
