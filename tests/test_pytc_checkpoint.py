@@ -217,6 +217,13 @@ def test_weights_that_do_not_fit_are_named(
         _imported(tmp_path, form, change=change)
 
 
+def test_a_flag_of_the_dataset_that_is_none_is_named(tmp_path: Path) -> None:
+    checkpoint, config = _written(tmp_path, Form())
+    config.write_text(config.read_text().replace("IS_ISOTROPIC: false", "IS_ISOTROPIC: 2"))
+    with pytest.raises(SynmlopsError, match=r"DATASET\.IS_ISOTROPIC.*2"):
+        import_checkpoint(checkpoint, config, voxel_nm=VOXEL)
+
+
 def test_a_foreign_block_is_named(tmp_path: Path) -> None:
     checkpoint, config = _written(tmp_path, Form())
     state = plain_unet(Form()).state_dict() | {"down_layers.0.2.conv.0.2.weight": torch.zeros(8, 8, 1, 3, 3)}

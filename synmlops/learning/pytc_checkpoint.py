@@ -22,6 +22,7 @@ from synmlops.volumes.importers.pytc_network import (
     Outputs,
     grey_levels_of,
     has_flat_ends,
+    is_isotropic,
     network_params_of,
     outputs_of,
     read_config,
@@ -116,11 +117,11 @@ def import_checkpoint(path: Path, config: Path, *, voxel_nm: Nm, base: Path | No
     """
     sections = read_config(config, base)
     model, dataset = sections.get("MODEL", {}), sections.get("DATASET", {})
-    is_isotropic = dataset.get("IS_ISOTROPIC", False) is True
-    outputs, network = outputs_of(model), network_params_of(model, is_isotropic=is_isotropic)
+    cubic = is_isotropic(dataset)
+    outputs, network = outputs_of(model), network_params_of(model, is_isotropic=cubic)
     mean, std = grey_levels_of(dataset)
     found = read_tensors(path)
-    layout = _Layout(outputs, flat_ends=has_flat_ends(model, is_isotropic=is_isotropic))
+    layout = _Layout(outputs, flat_ends=has_flat_ends(model, is_isotropic=cubic))
     built = build_network(network)
     shapes = {name.removeprefix("network."): value for name, value in built.state_dict().items()}
     weights, made = _fit(path, found.weights, shapes, layout)

@@ -150,6 +150,17 @@ def outputs_of(model: Mapping[str, Tree]) -> Outputs:
     )
 
 
+def is_isotropic(dataset: Mapping[str, Tree]) -> bool:
+    """Read DATASET.IS_ISOTROPIC.
+
+    Raises
+    ------
+    SynmlopsError
+        If it is neither true nor false.
+    """
+    return _flag(dataset, "IS_ISOTROPIC", section="DATASET")
+
+
 def grey_levels_of(dataset: Mapping[str, Tree]) -> tuple[float, float]:
     """Give mean and standard deviation, in levels of an 8-bit image, that DATASET normalises with.
 
@@ -246,10 +257,10 @@ def _one_of(
     raise SynmlopsError(f"{section}.{key}: {value!r} is not supported; supported are {', '.join(known)}")
 
 
-def _flag(model: Mapping[str, Tree], key: str) -> bool:
-    value = model.get(key, False)
+def _flag(keys: Mapping[str, Tree], key: str, *, section: str = "MODEL") -> bool:
+    value = keys.get(key, False)
     if not isinstance(value, bool):
-        raise SynmlopsError(f"MODEL.{key}: must be true or false, got {value!r}")
+        raise SynmlopsError(f"{section}.{key}: must be true or false, got {value!r}")
     return value
 
 
