@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from synmlops.learning.losses import compute_loss
 from synmlops.learning.optim import learning_rate_at
 from synmlops.learning.targets import targets_of
 from synmlops.learning.weighting import voxel_weights
-from synmlops.params import EvaluateParams, LossParams, PolarityParams, TrainParams
+from synmlops.learning.windows import blend_weights, strides_over
+from synmlops.params import EvaluateParams, InferParams, LossParams, PolarityParams, TrainParams
 from synmlops.synapses.decoding import decode_blocks
 from synmlops.synapses.matching import match_overlaps, overlaps_of
 from synmlops.synapses.pytc_decoding import Scaled, scaled_shape
@@ -142,3 +144,27 @@ def test_learning_rates(name: str, own: dict[str, Any], reference: Reference) ->
     )
     rates = [learning_rate_at(step, train) for step in range(1, 46)]
     np.testing.assert_allclose(rates, expected, rtol=1e-13, atol=0)
+
+
+# -- inference ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "bump"])
+def test_blending_weights(kind: Literal["gaussian", "bump"], reference: Reference) -> None:
+    weights = blend_weights((8, 32, 32), kind)
+    assert weights.dtype == np.float32
+    expected = reference("schedule_blend_windows")[f"{kind}_8_32_32"]
+    np.testing.assert_allclose(weights, expected, rtol=1e-5)  # its own formula rounds so on other processors
+
+
+def test_window_positions(reference: Reference) -> None:
+    expected = reference("schedule_blend_windows")["window_pos"]
+    shape, params = (20, 300, 400), {"window_zyx": (8, 128, 128), "stride_zyx": (4, 64, 64)}
+    axes = strides_over(
+        Box((0, 0, 0), shape),
+        shape_zyx=shape,
+        pool_zyx=(1, 1, 1),
+        params=InferParams.model_validate(params | {"blend": "gaussian"}),
+    )
+    firsts = ([axis.first_voxel(window) for window in range(len(axis))] for axis in axes)
+    np.testing.assert_array_equal(list(product((0,), *firsts)), expected)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import product
 from math import lcm, prod
 from typing import Any, Protocol
 
@@ -12,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from synmlops.learning.checkpoint import Model
+from synmlops.learning.sheets import BlendedSheet, Sheet
 from synmlops.learning.views import views_of
-from synmlops.learning.windows import AxisWindows, windows_over
-from synmlops.params import CHANNELS, SCALE, InferParams, Precision, SynmlopsError
+from synmlops.learning.windows import blend_weights, strides_over, windows_over
+from synmlops.params import CHANNELS, InferParams, Precision, SynmlopsError
 from synmlops.volumes.prepared import Box
 
 SLAB_VOXELS = 2**24
@@ -36,7 +36,8 @@ class Predictor:
     """Networks ready to predict any part of a region of a volume.
 
     Each part comes out as it would if the whole region were predicted at once, but for what rounding another
-    order of windows in a batch may change: a grey level.
+    order of windows in a batch may change: a grey level. Where windows are blended, a part computes all those
+    that reach into it.
 
     Parameters
     ----------
@@ -60,7 +61,8 @@ class Predictor:
     channels : tuple of str
         What is predicted, in this order.
     cell_zyx : tuple of int
-        Parts of whole cells, counted from the region's start, cost no window twice.
+        Parts of whole cells, counted from the region's start, cost no window twice; of blended windows, how
+        far they lie apart.
     """
 
     def __init__(
@@ -79,12 +81,17 @@ class Predictor:
         self._device = next(models[0].network.parameters()).device
         self._kept = [CHANNELS.index(name) for name in self.channels]
         pools = [model.meta.network.total_pool_zyx() for model in models]
-        self._axes = windows_over(
+        lay = windows_over if params.blend == "none" else strides_over
+        self._axes = lay(
             self.region,
             shape_zyx=self._shape,
             pool_zyx=tuple(lcm(*pool) for pool in zip(*pools, strict=True)),
             params=params,
         )
+        self._weights: Tensor | None = None
+        if params.blend != "none":
+            size_zyx = _three([axis.size for axis in self._axes])
+            self._weights = torch.from_numpy(blend_weights(size_zyx, params.blend)).to(self._device)
         self.cell_zyx = _three([axis.cell for axis in self._axes])
         self._views = views_of(params.views)
 
@@ -125,12 +132,13 @@ class Predictor:
         Returns
         -------
         probabilities : (c, z, y, x) array of uint8
-            Of `channels`, x 255, rounded. A cell of one grey level alone is no tissue: 0.
+            Of `channels`, x 255, rounded, or cut off where windows are blended. A cell, or a blended window,
+            of one grey level alone is no tissue: 0.
         """
         read = self.to_read(box)
         if image.shape != read.shape_zyx:
             raise ValueError(f"image {image.shape} must be of {read.shape_zyx}, the shape of {read}")
-        sheet = _Sheet(self._axes, box, read, image, mask, n_channels=len(self._kept), device=self._device)
+        sheet = self._sheet(box, read, image, mask)
         windows = list(sheet.windows())
         if left_out := self.count(box) - len(windows):
             progress(left_out)
@@ -141,6 +149,14 @@ class Predictor:
                 sheet.add(window, probability)
             progress(len(batch))
         return sheet.finish()
+
+    def _sheet(self, box: Box, read: Box, image: NDArray[Any], mask: NDArray[np.bool_] | None) -> Sheet:
+        n, device = len(self._kept), self._device
+        if self._weights is None:
+            return Sheet(self._axes, box, read, image, mask, n_channels=n, device=device)
+        return BlendedSheet(
+            self._axes, box, read, image, mask, n_channels=n, device=device, weights=self._weights
+        )
 
     @torch.inference_mode()
     def _probabilities(self, windows: Tensor) -> Tensor:
@@ -158,89 +174,6 @@ class Predictor:
         if self._params.merge == "mean" and (n := len(self._models) * len(self._views)) > 1:
             merged = merged / n
         return merged
-
-
-class _Sheet:
-    """The box that is being predicted: its windows, what they see, and what they have said so far."""
-
-    def __init__(
-        self,
-        axes: tuple[AxisWindows, AxisWindows, AxisWindows],
-        box: Box,
-        read: Box,
-        image: NDArray[Any],
-        mask: NDArray[np.bool_] | None,
-        *,
-        n_channels: int,
-        device: torch.device,
-    ) -> None:
-        self._axes, self._box, self._read, self._mask, self._device = axes, box, read, mask, device
-        self._image = image
-        self._on_device = _to_device(_padded(image, axes), device)
-        self._fades = any(axis.fade for axis in axes)
-        dtype = torch.float32 if self._fades else torch.uint8
-        self._sum = torch.zeros((n_channels, *box.shape_zyx), dtype=dtype, device=device)
-
-    def windows(self) -> Iterator[tuple[int, int, int]]:
-        """Give the windows with a say in the box, those of no tissue left out."""
-        z, y, x = (
-            axis.meeting(low, high)
-            for axis, low, high in zip(self._axes, self._box.start_zyx, self._box.stop_zyx, strict=True)
-        )
-        for window in product(z, y, x):
-            wanted = self._mask is None or self._mask[self._part(window)[0][1:]].any()
-            if wanted and not _is_blank(self._image[self._support(window)]):
-                yield window
-
-    def see(self, window: tuple[int, int, int]) -> Tensor:
-        """Cut what a window sees."""
-        starts = [
-            axis.first_voxel(i) - at
-            for axis, i, at in zip(self._axes, window, self._read.start_zyx, strict=True)
-        ]
-        z, y, x = (slice(at, at + axis.size) for at, axis in zip(starts, self._axes, strict=True))
-        return self._on_device[z, y, x]
-
-    def add(self, window: tuple[int, int, int], probability: Tensor) -> None:
-        """Take in what a window says of the voxels in which it has a say."""
-        here, there = self._part(window)
-        if not self._fades:
-            self._sum[here] = _grey_levels(probability[there])
-            return
-        said = probability[there]
-        for dim, (axis, i, part) in enumerate(zip(self._axes, window, here[1:], strict=True)):
-            low = axis.support(i)[0]
-            first = part.start + self._box.start_zyx[dim] - low
-            say = torch.from_numpy(axis.weights(i)[first : first + part.stop - part.start])
-            said = said * say.to(self._device).reshape([-1 if d == dim else 1 for d in range(3)])
-        self._sum[here] += said
-
-    def finish(self) -> NDArray[np.uint8]:
-        """Give the probabilities."""
-        levels = _grey_levels(self._sum) if self._fades else self._sum
-        out: NDArray[np.uint8] = levels.cpu().numpy()
-        if self._mask is not None:
-            out *= self._mask
-        return out
-
-    def _support(self, window: tuple[int, int, int]) -> tuple[slice, ...]:
-        """Where a window has a say, in what was read."""
-        spans = [axis.support(i) for axis, i in zip(self._axes, window, strict=True)]
-        return tuple(
-            slice(low - at, high - at) for (low, high), at in zip(spans, self._read.start_zyx, strict=True)
-        )
-
-    def _part(self, window: tuple[int, int, int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Where the say of a window lies in the box, and where in the window; all channels."""
-        here, there = [slice(None)], [slice(None)]
-        for axis, i, low, high in zip(
-            self._axes, window, self._box.start_zyx, self._box.stop_zyx, strict=True
-        ):
-            start, stop = axis.support(i)
-            start, stop, first = max(start, low), min(stop, high), axis.first_voxel(i)
-            here.append(slice(start - low, stop - low))
-            there.append(slice(start - first, stop - first))
-        return tuple(here), tuple(there)
 
 
 def predict(
@@ -271,7 +204,10 @@ def predict(
     predictor = Predictor(models, shape_zyx=image.shape, params=params)
     depth, height, width = _three(image.shape)
     layer = predictor.cell_zyx[0]
-    step = max(1, SLAB_VOXELS // (layer * height * width)) * layer
+    layers = max(1, SLAB_VOXELS // (layer * height * width))
+    if params.blend != "none":  # windows that reach into two slabs are computed twice
+        layers = max(layers, 2 * params.window_zyx[0] // layer)
+    step = layers * layer
     boxes = [Box((z, 0, 0), (min(z + step, depth), height, width)) for z in range(0, depth, step)]
     done, total = 0, sum(map(predictor.count, boxes))
 
@@ -321,28 +257,6 @@ def _common_channels(models: Sequence[Model]) -> tuple[str, ...]:
                 f"{', '.join(model.meta.channels)}; merge models that were trained on labels of one kind"
             )
     return channels
-
-
-def _is_blank(voxels: NDArray[Any]) -> bool:
-    """Whether there is one grey level alone; looks at few voxels where there is tissue."""
-    first = voxels.flat[0]
-    return bool((voxels[:1] == first).all() and (voxels == first).all())
-
-
-def _padded(image: NDArray[Any], axes: Sequence[AxisWindows]) -> NDArray[Any]:
-    """Repeat the far edges of an image that is shorter than a window."""
-    missing = [max(0, axis.size - n) for axis, n in zip(axes, image.shape, strict=True)]
-    return np.pad(image, [(0, n) for n in missing], mode="edge") if any(missing) else image
-
-
-def _to_device(image: NDArray[Any], device: torch.device) -> Tensor:
-    """Take raw voxels to the device; on a CPU they are not copied."""
-    voxels = torch.from_numpy(np.require(image, requirements=["C", "W"]))
-    return voxels.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else voxels
-
-
-def _grey_levels(probability: Tensor) -> Tensor:
-    return (probability * SCALE).round_().clamp_(0, SCALE).to(torch.uint8)
 
 
 def _three(values: Sequence[int]) -> tuple[int, int, int]:
