@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "synmlops"
 FLOORS = (  # from the ground up; a room may import its own floor's modules and those below
-    ("section", "learning_params", "params", "explain", "layout", "progress"),
+    ("section", "network_params", "learning_params", "params", "explain", "layout", "progress"),
     ("volumes",),
     ("blockwise",),
     ("learning", "synapses", "view"),
