@@ -232,6 +232,15 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def _decoding_fits_network(self) -> Self:
+        if self.evaluate.rule == "polarity" and self.evaluate.polarity.exclusive > self.network.exclusive:
+            raise ValueError(
+                "evaluate.polarity.exclusive: takes the likeliest of background, pre and post, which only a "
+                "network whose channels exclude each other tells; use false, or network.exclusive: true"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _early_stop_has_a_score(self) -> Self:
         if self.train.early_stop and self.data.split is not None:
             raise ValueError(

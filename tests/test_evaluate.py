@@ -16,6 +16,7 @@ from synmlops.params import (
     DataParams,
     EvaluateParams,
     Params,
+    PolarityParams,
     SplitParams,
     SynmlopsError,
     VolumeSet,
@@ -220,6 +221,30 @@ def test_a_model_with_sides_is_compared_with_a_union_label_by_whole_synapses() -
     assert one.view.true is not None
     assert np.array_equal(one.view.predicted, one.view.true)
     assert np.array_equal(np.unique(one.instances), [0, 1, 2, 3, 4])  # what is written keeps the sides
+
+
+def test_the_rule_polarity_is_scored_like_any_other() -> None:
+    region, volume = _prepared(_two_sites(), "pairs")
+    probabilities = _perfect(region, volume, (slice(1, 4), slice(18, 23), slice(36, 44)))
+    rule = EvaluateParams(rule="polarity", polarity=PolarityParams(min_voxels=61, dilate_yx=1))
+    one = evaluate._evaluate_region(region, volume, probabilities, fold="all", threshold=0.5, params=rule)
+    assert one.scores is not None
+    assert one.scores.flat()["detection_f1"] == one.scores.flat()["partner_f1"] == 1
+    np.testing.assert_array_equal(one.instances, _two_sites())  # the sides of the one too many have 60 voxels
+
+
+def test_what_leaves_nothing_to_score_is_refused_before_anything_is_read() -> None:
+    params = tiny_params(DataParams(train=_volume("v", 0, "pairs"), split=SplitParams(guard=40)))
+    rule = EvaluateParams(rule="polarity", polarity=PolarityParams(semantic=True))
+    with pytest.raises(SynmlopsError, match=r"evaluate\.polarity\.semantic: true leaves no instances"):
+        evaluate.run(
+            params.model_copy(update={"evaluate": rule}),
+            prepared=Path("nowhere"),
+            predicted=Path("nowhere"),
+            curves=Path("nowhere"),
+            out=Path("evaluated"),
+        )
+    assert not Path("evaluated").exists()
 
 
 def test_predictions_of_other_folds_are_one_message() -> None:

@@ -261,6 +261,13 @@ def test_a_long_value_is_cut_short(write: Write) -> None:
             "train.early_stop: 2, but a cross-validation has no validation region",
         ),
         ({"loss.foreground_weight_clip": [0.9, 0.1]}, "loss.foreground_weight_clip: 0.9 is more than 0.1"),
+        ({"loss.bce": 0, "loss.foreground_margin": 1}, "loss.foreground_margin: 1 is read by bce alone"),
+        ({"infer.blend": "bump", "infer.fade": 0.5}, "infer.fade: 0.5 and infer.blend: bump are two ways"),
+        (
+            {"evaluate.rule": "polarity", "evaluate.polarity.exclusive": True},
+            "evaluate.polarity.exclusive: takes the likeliest of background, pre and post",
+        ),
+        ({"evaluate.polarity.dilate_yx": 6}, "evaluate.polarity.dilate_yx: 6 is even"),
     ],
 )
 def test_rules_that_span_fields(write: Write, changes: dict[str, Any], complaint: str) -> None:

@@ -336,6 +336,15 @@ def test_normalisation_is_that_of_the_training_images_alone(tmp_path: Path) -> N
     assert manifest.std == pytest.approx(make_blobs(0).image.std())
 
 
+def test_given_grey_levels_are_taken_instead(tmp_path: Path) -> None:
+    """Those of images scaled to [0, 1], from which a half is taken and which are divided by a half."""
+    data = _data(tmp_path).model_copy(update={"grey": (127.5, 127.5)})
+    manifest, _ = run(data, out=tmp_path / "out")
+    grey = np.arange(256)
+    found = (grey - manifest.mean) / manifest.std
+    np.testing.assert_allclose(found, (grey / 255 - 0.5) / 0.5, atol=1e-15)
+
+
 def test_one_image_in_two_roles_is_refused(tmp_path: Path) -> None:
     data = _data(tmp_path)
     with pytest.raises(SynmlopsError, match=r"data.test.image: .* stands in data.train.image too"):
