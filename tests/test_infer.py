@@ -14,6 +14,7 @@ import yaml
 from distributed import LocalCluster
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
+from tracking_tools import migrated_store
 
 from synmlops.blockwise.folder import JobFolder
 from synmlops.cli import main
@@ -26,6 +27,7 @@ from synmlops.params import CHANNELS, InferParams, NetworkParams, SynmlopsError
 from synmlops.stages.infer import View, run_on_images
 from synmlops.synapses.instances import decode_pairs, sites_of
 from synmlops.synapses.matching import match_overlaps, overlaps_of
+from synmlops.volumes.files import sha256_of
 from synmlops.volumes.prepared import Box
 from synmlops.volumes.probabilities import read_probabilities
 from synmlops.volumes.resampled import Resampled
@@ -118,6 +120,36 @@ def test_the_output_appears_with_the_last_part(case: Case, tmp_path: Path) -> No
     assert same(read_probabilities(tmp_path / "em.zarr").values_czyx, case.whole())
     with pytest.raises(SynmlopsError, match="is there already"):
         infer(case, tmp_path, engine=engine)
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
+def test_a_tracked_prediction_is_a_run_with_progress(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block is a point: what was predicted rises to the whole region, what is left falls to nothing."""
+    monkeypatch.setattr("synmlops.stages.infer.METRICS_EVERY_S", 0)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store = tmp_path / ".synmlops" / "mlflow.db"
+    store.parent.mkdir()
+    shutil.copy(migrated_store(), store)
+    infer(case, tmp_path / "out", tracked=True)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{store}")
+    [run] = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model"] == str(case.model)
+    assert run.data.params["infer.overlap"] == str(PARAMS.overlap)
+    assert run.data.tags["synmlops.data.model"] == sha256_of(case.model)
+    done, left = (
+        [metric.value for metric in client.get_metric_history(run.info.run_id, name)]
+        for name in ("infer_megavoxels", "infer_seconds_left")
+    )
+    assert len(done) > 3
+    assert done == sorted(done)
+    assert done[-1] == pytest.approx(case.image.size / 1e6)
+    assert left[-1] == 0 < left[0]
 
 
 def test_parts_of_an_hdf5_file_are_refused(case: Case, tmp_path: Path) -> None:

@@ -146,6 +146,9 @@ def infer(
         str | None, typer.Option(help="Address of a Dask scheduler whose workers compute.")
     ] = None,
     part: Annotated[str | None, typer.Option(help="Of a job array: 3/64 is the third of 64 shares.")] = None,
+    track: Annotated[
+        bool, typer.Option("--track", help="Make it a run in MLflow, with params and progress.")
+    ] = False,
 ) -> None:
     """Predict the validation and test regions, or any volume with --image, to which most options belong.
 
@@ -157,7 +160,7 @@ def infer(
 
     settings = load_params(params)
     if image is None:
-        if any((model, voxel_nm, resample, roi, mask, format, block, scheduler, part)):
+        if any((model, voxel_nm, resample, roi, mask, format, block, scheduler, part, track)):
             raise SynmlopsError("of the options, only --gpus and --processes go without --image")
         engine = Engine(gpus=gpus, processes=processes)
         record = stage.run(settings, prepared=prepared, models=models, out=out, engine=engine)
@@ -171,6 +174,7 @@ def infer(
         engine=Engine(gpus, processes, scheduler, part_of(part), three_voxels("--block", block, least=1)),
         view=stage.View(three_numbers(voxel_nm), stage.parse_roi(roi) if roi else None, mask, resample),
         suffix=suffix_of(format),
+        tracked=track,
     )
     for path in written:
         typer.echo(path)

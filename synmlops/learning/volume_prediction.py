@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,14 @@ from synmlops.blockwise.grid import BlockGrid
 from synmlops.blockwise.here import run_here
 from synmlops.blockwise.job import Job, Outcome
 from synmlops.blockwise.processes import run_processes
-from synmlops.learning.block_prediction import PredictBlocks, Source, block_shape, measure_grey
+from synmlops.learning.block_prediction import (
+    BLENDED_BLOCK_VOXELS,
+    BLOCK_VOXELS,
+    PredictBlocks,
+    Source,
+    block_shape,
+    measure_grey,
+)
 from synmlops.learning.checkpoint import load_model
 from synmlops.learning.distributed import check_gpus
 from synmlops.learning.predict import Predictor
@@ -60,10 +67,12 @@ class Engine:
         """Whether several machines may write one output."""
         return self.scheduler is not None or self.part != (1, 1)
 
-    def block_of(self, cell_zyx: tuple[int, int, int], region: Box) -> tuple[int, int, int]:
+    def block_of(
+        self, cell_zyx: tuple[int, int, int], region: Box, *, voxels: int = BLOCK_VOXELS
+    ) -> tuple[int, int, int]:
         """Choose the blocks of a region: whole cells."""
         if self.block_zyx is None:
-            return block_shape(cell_zyx, region)
+            return block_shape(cell_zyx, region, voxels=voxels)
         z, y, x = (
             math.ceil(min(least, n) / cell) * cell
             for least, n, cell in zip(self.block_zyx, region.shape_zyx, cell_zyx, strict=True)
@@ -84,8 +93,44 @@ class Engine:
             run_here(job, todo, tell=outcome.tell)
 
 
+@dataclass(frozen=True)
+class Advance:
+    """How far a call is with what it has to do of a volume.
+
+    Attributes
+    ----------
+    blocks, of : int
+        Those that have ended, of those that were left to do.
+    megavoxels : float
+        In them.
+    seconds : float
+        Since the first was begun.
+    """
+
+    blocks: int
+    of: int
+    megavoxels: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Megavoxels per second."""
+        return self.megavoxels / max(self.seconds, 1e-9)
+
+    @property
+    def seconds_left(self) -> float:
+        """At this rate."""
+        return self.seconds / max(self.blocks, 1) * (self.of - self.blocks)
+
+
 def predict_volume(
-    source: Source, models: Sequence[Path], out: Path, *, params: InferParams, engine: Engine
+    source: Source,
+    models: Sequence[Path],
+    out: Path,
+    *,
+    params: InferParams,
+    engine: Engine,
+    told: Callable[[Advance], None] = lambda advance: None,
 ) -> bool:
     """Predict a volume by block, going on where an earlier call was ended.
 
@@ -98,6 +143,8 @@ def predict_volume(
         `.h5` or `.zarr`. It appears when all blocks are done; until then a hidden folder beside it has them.
     params : InferParams
     engine : Engine
+    told : callable, optional
+        Called as each block ends.
 
     Returns
     -------
@@ -119,7 +166,8 @@ def predict_volume(
         predictor = Predictor(
             [load_model(path) for path in models], shape_zyx=seen.shape, region=region, params=params
         )
-        block = engine.block_of(predictor.cell_zyx, region)
+        voxels = BLOCK_VOXELS if params.blend == "none" else BLENDED_BLOCK_VOXELS
+        block = engine.block_of(predictor.cell_zyx, region, voxels=voxels)
         own = {"models": digests, "block_zyx": block, "shape_zyx": seen.shape}
         folder.begin(_facts(source, params) | own)
         grey = measure_grey(seen, region) if params.intensity == "volume" else None
@@ -135,7 +183,7 @@ def predict_volume(
     )
     start = PredictBlocks(source, tuple(kept), params, grey, folder.data, engine.gpus)
     job = Job(f"infer {out.stem}", BlockGrid(region, block), start, folder.marks)
-    outcome = _run(job, engine)
+    outcome = _run(job, engine, told)
     if outcome.failed:
         raise IncompleteError(_what_failed(job, outcome, folder))
     if job.todo() and not out.exists():
@@ -169,15 +217,17 @@ def _copy(path: Path, copy: Path) -> None:
     partial.replace(copy)
 
 
-def _run(job: Job, engine: Engine) -> Outcome:
+def _run(job: Job, engine: Engine, told: Callable[[Advance], None]) -> Outcome:
     """Do what is left of a job, and show how far it is."""
     todo = job.todo(engine.part)
-    megavoxels = np.prod(job.grid.block_zyx) / 1e6
+    megavoxels = float(np.prod(job.grid.block_zyx)) / 1e6
     with track(f"{job.name}, blocks", len(todo)) as report:
         began = time.monotonic()
 
         def show(n: int) -> None:
-            report(n, f"{n * megavoxels / (time.monotonic() - began):.3g} MVox/s")
+            advance = Advance(n, len(todo), n * megavoxels, time.monotonic() - began)
+            report(n, f"{advance.rate:.3g} MVox/s")
+            told(advance)
 
         outcome = Outcome(report=show)
         engine.run(job, todo, outcome)

@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from synmlops.layout import RUN_FILE, model_file, probabilities_file
 from synmlops.learning.block_prediction import Source
 from synmlops.learning.checkpoint import read_meta, save_model
-from synmlops.learning.volume_prediction import Engine, predict_volume
-from synmlops.params import IncompleteError, InferParams, Params, SynmlopsError, sections
+from synmlops.learning.volume_prediction import Advance, Engine, predict_volume
+from synmlops.params import IncompleteError, InferParams, Params, SynmlopsError, flatten, sections
 from synmlops.progress import say
 from synmlops.tracking.record import RunRecord
 from synmlops.tracking.runs import StageRun
@@ -23,6 +23,8 @@ from synmlops.volumes.resampled import Resampled
 from synmlops.volumes.store import Grid, Volume, open_volume, split_joined
 
 VALIDATED_ROLES = ("validation", "test")
+METRICS_EVERY_S = 10.0
+"""Seconds between two points of progress within a volume."""
 SAME_VOXELS = 0.1
 """Voxel sizes that differ by less than this share are taken for the same."""
 
@@ -76,22 +78,24 @@ def run(
         StageRun.attach("infer", params=sections(params, "infer"), record=trained, data=digests) as run,
         atomic_folder(out) as folder,
     ):
-        n_done, voxels, began = 0, 0, time.monotonic()
-        for fold in manifest.folds:
-            for role in VALIDATED_ROLES:
-                for region in getattr(fold, role):
-                    volume = manifest.volumes[region.volume]
-                    predict_volume(
-                        Source(f"{volume.path}::image", region.box, volume.grid),
-                        [models / model_file(fold.name)],
-                        folder / probabilities_file(fold.name, role, region.name),
-                        params=params.infer,
-                        engine=engine or Engine(),
-                    )
-                    n_done, voxels = n_done + 1, voxels + prod(region.box.shape_zyx)
-                    rate = voxels / 1e6 / (time.monotonic() - began)
-                    progress = {"infer_voxels": float(voxels), "infer_megavoxels_per_s": rate}
-                    run.log_metrics(progress, step=n_done)
+        todo = [
+            (fold.name, role, region)
+            for fold in manifest.folds
+            for role in VALIDATED_ROLES
+            for region in getattr(fold, role)
+        ]
+        progress = _Progress(run, [region.box for *_, region in todo])
+        for fold_name, role, region in todo:
+            volume = manifest.volumes[region.volume]
+            predict_volume(
+                Source(f"{volume.path}::image", region.box, volume.grid),
+                [models / model_file(fold_name)],
+                folder / probabilities_file(fold_name, role, region.name),
+                params=params.infer,
+                engine=engine or Engine(),
+                told=progress.told,
+            )
+            progress.end_volume()
         run.record.write(folder / RUN_FILE)
     say(run.notes)
     return run.record
@@ -106,6 +110,7 @@ def run_on_images(
     engine: Engine | None = None,
     view: View | None = None,
     suffix: str | None = None,
+    tracked: bool = False,
 ) -> list[Path]:
     """Predict any volumes with one model or several: OUT/NAME.h5 or .zarr for each.
 
@@ -122,6 +127,8 @@ def run_on_images(
     view : View, optional
     suffix : str, optional
         `.h5` or `.zarr`; by default HDF5, or Zarr where several machines write.
+    tracked : bool
+        Whether this becomes a run in MLflow, with what was given, the models' digests, and progress.
 
     Returns
     -------
@@ -151,15 +158,69 @@ def run_on_images(
         files = [_local(model, stack) for model in models]
         model_nm = read_meta(files[0]).voxel_nm
         seen = [_source(image, view, model_nm=model_nm) for image in sources]
+        run = stack.enter_context(_start_run(images, models, files, params)) if tracked else None
+        progress = _Progress(run, [source.region for source in seen])
         for source, output in zip(seen, outputs, strict=True):
             try:
-                if predict_volume(source, files, output, params=params, engine=engine):
+                if predict_volume(source, files, output, params=params, engine=engine, told=progress.told):
                     written.append(output)
             except IncompleteError as error:
                 problems.append(str(error))
+            progress.end_volume()
     if problems:
         raise IncompleteError("\n".join(problems))
     return written
+
+
+class _Progress:
+    """How far several volumes are, as metrics of a run: now and then, and at the end of each.
+
+    Parameters
+    ----------
+    run : StageRun or None
+        Without one nothing is logged.
+    regions : sequence of Box
+        All that will be predicted, in order.
+    """
+
+    def __init__(self, run: StageRun | None, regions: Sequence[Box]) -> None:
+        self._run, self._began, self._step = run, time.monotonic(), 0
+        self._later = [prod(region.shape_zyx) / 1e6 for region in regions]
+        self._done, self._here, self._logged = 0.0, 0.0, 0.0
+
+    def told(self, advance: Advance) -> None:
+        """Take note of a block; what an earlier call did of the volume counts for nothing."""
+        block = advance.megavoxels / advance.blocks
+        self._here = min(advance.megavoxels, self._later[0])  # blocks at the border are smaller
+        if time.monotonic() - self._logged >= METRICS_EVERY_S:
+            self._log(left=block * (advance.of - advance.blocks))
+
+    def end_volume(self) -> None:
+        """Take note that the next volume begins."""
+        self._log(left=0.0)
+        self._later.pop(0)
+        self._done, self._here = self._done + self._here, 0.0
+
+    def _log(self, left: float) -> None:
+        self._logged = time.monotonic()
+        if self._run is None:
+            return
+        done = self._done + self._here
+        rate = done / max(self._logged - self._began, 1e-9)
+        self._step += 1
+        values = {"infer_megavoxels": done, "infer_megavoxels_per_s": rate}
+        if done:
+            values["infer_seconds_left"] = (left + sum(self._later[1:])) / rate
+        self._run.log_metrics(values, step=self._step)
+
+
+def _start_run(images: str, models: Sequence[str], files: Sequence[Path], params: InferParams) -> StageRun:
+    """Begin a run of its own for volumes that no pipeline prepared."""
+    given = {"image": images, "model": "@".join(models)}
+    digests = {f"model{n}" if n else "model": sha256_of(path) for n, path in enumerate(files)}
+    return StageRun.start(
+        stage="infer", params=flatten({"infer": params.model_dump(mode="json")}) | given, data=digests
+    )
 
 
 def parse_roi(text: str) -> Box:
