@@ -85,12 +85,13 @@ def test_a_polarity_config_becomes_params_that_load(tmp_path: Path) -> None:
     assert (params.evaluate.rule, params.evaluate.threshold) == ("polarity", 0.5)
 
 
-def test_sizes_become_multiples_of_the_pooling_and_the_table_says_so(tmp_path: Path) -> None:
-    imported = _import(tmp_path)
-    assert imported.params.sampling.patch_zyx == (16, 256, 256)
-    assert _row(imported, "MODEL.INPUT_SIZE").fate is Fate.CHANGED
-    even = _import(tmp_path, MODEL={"INPUT_SIZE": [8, 256, 256]})
-    assert _row(even, "MODEL.INPUT_SIZE").fate is Fate.CARRIED
+def test_sizes_that_the_network_does_not_take_are_rounded_and_the_table_says_so(tmp_path: Path) -> None:
+    odd = _import(tmp_path)
+    assert odd.params.sampling.patch_zyx == (17, 257, 257)
+    assert _row(odd, "MODEL.INPUT_SIZE").fate is Fate.CARRIED
+    pooled = _import(tmp_path, MODEL={"ARCHITECTURE": "unet_3d", "POOLING_LAYER": True})
+    assert pooled.params.sampling.patch_zyx == (16, 256, 256)
+    assert _row(pooled, "MODEL.INPUT_SIZE").fate is Fate.CHANGED
 
 
 DEFAULTS_OF_THE_REST = {
@@ -132,7 +133,10 @@ def test_every_older_key_stands_in_the_table_as_it_is_spelled() -> None:
 
 
 def test_the_table_names_all_four_fates_and_both_faults(tmp_path: Path) -> None:
-    imported = _import(tmp_path, SYSTEM={"NUM_GPUS": 2}, DATASET={"REDUCE_LABEL": True})
+    augmentor = {"GRAYSCALE": {"P": 0.5}}
+    imported = _import(
+        tmp_path, SYSTEM={"NUM_GPUS": 2}, DATASET={"REDUCE_LABEL": True}, AUGMENTOR=augmentor
+    )
     console = Console(width=200, file=io.StringIO())
     console.print(render_table(imported))
     text = console.file.getvalue()  # type: ignore[attr-defined]

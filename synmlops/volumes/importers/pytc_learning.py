@@ -173,15 +173,17 @@ def _is_distributed(draft: Draft) -> bool:
 
 
 def fitted(size_zyx: Zyx, network: NetworkParams) -> Zyx:
-    """Give the nearest size that the network can take, smaller where two are as near.
+    """Give the size if the network takes it, else the nearest multiple, the smaller of two as near.
 
     Examples
     --------
     >>> fitted((17, 257, 257), NetworkParams(stem_zyx=(1, 2, 2), pools=((2, 2, 2), (1, 2, 2))))
     (16, 256, 256)
+    >>> fitted((17, 257, 250), NetworkParams(name="plus_unet", stem_zyx=(1, 1, 1), pools=((2, 8, 8),) * 2))
+    (17, 257, 256)
     """
     z, y, x = (
-        max(pool, (2 * size + pool - 1) // (2 * pool) * pool)
+        size if network.takes_size(size, pool) else max(pool, (2 * size + pool - 1) // (2 * pool) * pool)
         for size, pool in zip(size_zyx, network.total_pool_zyx(), strict=True)
     )
     return z, y, x
@@ -191,7 +193,7 @@ def take_size(draft: Draft, key: str, ours: str, size: Zyx) -> None:
     """Set a size, and say so where it is not the one in the file."""
     same = list(size) == list(draft.zyx(key))
     fate = Fate.CARRIED if same else Fate.CHANGED
-    why = "" if same else "the nearest multiple of the network's pooling"
+    why = "" if same else "the nearest that the network takes"
     draft.take(key, ours, list(size), fate=fate, why=why)
 
 
