@@ -328,3 +328,9 @@ def test_prediction_leaves_no_gradient_and_the_image_alone() -> None:
     predict_array(model, image, params=_params((2, 8, 8)))
     np.testing.assert_array_equal(image, before)
     assert all(p.grad is None for p in model.network.parameters())
+
+
+def test_windows_that_a_model_cannot_take_are_refused() -> None:
+    """The params' own network may take them: 2n + 1 voxels, say."""
+    with pytest.raises(SynmlopsError, match=r"infer\.window_zyx: y=33 is no multiple of 4.*next: 36"):
+        predict_array(_model(Constant(0, 0, 0), POOLED), _image(9, 70, 70), params=_params((8, 33, 32)))

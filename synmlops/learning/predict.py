@@ -54,7 +54,7 @@ class Predictor:
     Raises
     ------
     SynmlopsError
-        If the models do not know the same channels.
+        If the models do not know the same channels, or the windows are no size for one of them.
 
     Attributes
     ----------
@@ -88,6 +88,7 @@ class Predictor:
             pool_zyx=tuple(lcm(*pool) for pool in zip(*pools, strict=True)),
             params=params,
         )
+        _check_windows(models, [axis.size for axis in self._axes])
         self._weights: Tensor | None = None
         if params.blend != "none":
             size_zyx = _three([axis.size for axis in self._axes])
@@ -257,6 +258,17 @@ def _common_channels(models: Sequence[Model]) -> tuple[str, ...]:
                 f"{', '.join(model.meta.channels)}; merge models that were trained on labels of one kind"
             )
     return channels
+
+
+def _check_windows(models: Sequence[Model], size_zyx: Sequence[int]) -> None:
+    """See that each network takes the windows: `infer.window_zyx` was checked with the params' own alone."""
+    for network in (model.meta.network for model in models):
+        for axis, size, pool in zip("zyx", size_zyx, network.total_pool_zyx(), strict=True):
+            if not network.takes_size(size, pool):
+                raise SynmlopsError(
+                    f"infer.window_zyx: {axis}={size} is no multiple of {pool}, the total pooling of "
+                    f"the model's {network.name} along {axis}; next: {size + pool - size % pool}"
+                )
 
 
 def _three(values: Sequence[int]) -> tuple[int, int, int]:
