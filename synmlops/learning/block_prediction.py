@@ -24,6 +24,9 @@ from synmlops.volumes.store import Grid, Volume, open_volume
 
 BLOCK_VOXELS = 2**24
 """Voxels of a block by default: what a lost worker costs, and the size of a shard."""
+BLENDED_BLOCK_VOXELS = 2**26
+"""The same where windows are blended, and those at the faces of a block are computed by its neighbours too; a
+block takes 16 bytes a voxel then, for sums of three channels and of the weights."""
 SAMPLES = 64
 SAMPLE_ZYX = (4, 128, 128)
 
