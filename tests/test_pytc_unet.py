@@ -140,3 +140,15 @@ def test_a_single_voxel_cannot_be_reflected() -> None:
     assert _params(unet(padding="reflect"), (4, 32, 32))
     with pytest.raises(ValidationError, match=r"sampling\.patch_zyx: z=2 leaves one voxel.*use 4 or more"):
         _params(unet(padding="reflect"), (2, 32, 32))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("changes", [{}, {"padding": "circular", "pooling": True}, {"padding": "reflect"}])
+def test_a_gpu_gives_what_a_cpu_gives(changes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    network, image = build_network(unet(**changes)).eval(), torch.randn(1, 1, 6, 40, 44)
+    with torch.no_grad():
+        here = network(image)
+        there = network.cuda()(image.cuda()).cpu()
+    torch.testing.assert_close(here, there, atol=2e-2, rtol=1e-2)  # TF32
