@@ -20,10 +20,22 @@ def vnc(
     source: Annotated[str, typer.Argument(help="Folder or archive of the dataset, or the archive's URL.")],
     dest: Annotated[Path, typer.Argument(help="Folder for the HDF5 volumes.")],
     sha256: Annotated[str | None, typer.Option(help="Digest that the downloaded archive must have.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what is there and draw a few synapses, write nothing else.")
+    ] = False,
 ) -> None:
     """Turn the public Drosophila VNC dataset into HDF5 volumes with union labels."""
-    from synmlops.volumes.importers.vnc import import_vnc
+    from synmlops.volumes.importers.vnc import import_vnc, survey_vnc
 
+    if dry_run:
+        from rich.console import Console
+
+        from synmlops.volumes.importers.survey import render
+
+        picture = dest / "survey.png"
+        Console().print(render(survey_vnc(source, picture, sha256=sha256)))
+        typer.echo(f"picture: {picture.resolve()}; nothing else is written")
+        return
     summary = import_vnc(source, dest, sha256=sha256)
     if summary.sha256 is not None:
         typer.echo(f"archive {summary.archive}: sha256 {summary.sha256}")

@@ -117,11 +117,6 @@ class Advance:
         """Megavoxels per second."""
         return self.megavoxels / max(self.seconds, 1e-9)
 
-    @property
-    def seconds_left(self) -> float:
-        """At this rate."""
-        return self.seconds / max(self.blocks, 1) * (self.of - self.blocks)
-
 
 def predict_volume(
     source: Source,
