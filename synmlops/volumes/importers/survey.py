@@ -55,7 +55,8 @@ def draw_synapses(
     """Draw a few synapses, each as the bare section and with sides and points over it.
 
     A tile is the section of the pre point (of the post point where there is none), about a micrometre wide.
-    A dot is a point that lies in the section, a ring one in another; a line leads from pre to post.
+    A dot is a point that lies in the section, a ring one in another; a line leads from pre to post. A point
+    without another has the colour of the union.
 
     Parameters
     ----------
@@ -138,13 +139,14 @@ def _draw_ends(
     for name, place, z in zip(("pre", "post"), places, ends_zyx[:, 0], strict=True):
         if place is None:
             continue
+        colour = COLOURS[name if pre and post else "union"]
         in_section = round(float(z)) == start_zyx[0]
         x, y = place
-        fill = COLOURS[name] if in_section else None
+        fill = colour if in_section else None
         pen.ellipse(
             (x - 5, y - 5, x + 5, y + 5),
             fill=fill,
-            outline="#ffffff" if in_section else COLOURS[name],
+            outline="#ffffff" if in_section else colour,
             width=2,
         )
 
