@@ -8,17 +8,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from synmlops.cli import app
-from synmlops.params import SynmlopsError
+from synmlops.params import SynmlopsError, VolumeSet
 from synmlops.volumes import balls
 from synmlops.volumes.exporters.points import export_points
 from synmlops.volumes.importers.point_columns import LAYOUTS, read_points
 from synmlops.volumes.importers.points import PointSource, import_points, params_lines, survey_points
 from synmlops.volumes.inspect import inspect_volume
 from synmlops.volumes.labels import unmatched_ids
+from synmlops.volumes.phantom import make_phantom
+from synmlops.volumes.preparing import list_sources, prepare_volume, write_phantom
 from synmlops.volumes.store import Grid, open_volume, write_hdf5
 from synmlops.volumes.table import points_nm, read_table
 
@@ -134,6 +137,18 @@ def test_blocks_equal_the_whole(
         assert np.array_equal(_label(whole.mask), _label(blocks.mask))
 
 
+def test_a_ball_holds_the_voxel_of_its_point(source: PointSource, tmp_path: Path) -> None:
+    """Though the middle of that voxel is farther away than the radius."""
+    image = f"{tmp_path}/fine.h5"
+    fine = Grid((36.0, 30.0, 30.0), GRID.offset_nm)
+    write_hdf5(image, {"image": np.zeros(SHAPE, np.uint8)}, grid=fine)
+    pairs = np.array([[4.45, 10.4, 20.4], [4.45, 40.4, 20.4]]) * fine.voxel_nm + fine.offset_nm
+    _synful(pairs[None]).to_csv(source.table, index=False)
+    written = import_points(replace(source, image=image, neurons=None, radius_nm=18.0), tmp_path / "out")
+    with open_volume(written.label) as label:
+        assert np.argwhere(label.read()).tolist() == [[4, 10, 20], [4, 40, 20]]
+
+
 def test_of_two_sites_the_nearer_point_wins(source: PointSource, tmp_path: Path) -> None:
     pairs = np.array([[_nm(4, 10, 20), _nm(4, 40, 20)], [_nm(4, 10, 26), _nm(4, 40, 60)]])
     _synful(pairs).to_csv(source.table, index=False)
@@ -186,6 +201,17 @@ def test_pairs_that_leave_the_image_are_cropped_on_demand(source: PointSource, t
     assert np.array_equal(
         _label(written.mask) == 0, (_distances(pairs[3, 0]) <= 60) | (_distances(pairs[3, 1]) <= 60)
     )
+
+
+def test_what_another_site_says_stays_trusted(source: PointSource, tmp_path: Path) -> None:
+    pairs = np.concatenate([PAIRS, [[_nm(4, 26, 26), _nm(4, 60.5, 26)]]])
+    _synful(pairs).to_csv(source.table, index=False)
+    written = import_points(replace(source, crop=True), tmp_path / "out")
+    assert written.mask is not None
+    label, mask = _label(written.label), _label(written.mask)
+    beyond = (_distances(pairs[3, 0]) <= 60) | (_distances(pairs[3, 1]) <= 60)
+    assert (beyond & (label > 0)).any()
+    assert np.array_equal(mask == 0, beyond & (label == 0))
 
 
 def test_rows_that_stand_twice_count_once(source: PointSource, tmp_path: Path) -> None:
@@ -465,3 +491,30 @@ def test_the_commands(source: PointSource, tmp_path: Path) -> None:
     ):
         with pytest.raises(SynmlopsError, match=message):
             CliRunner().invoke(app, [*given, *options], catch_exceptions=False)
+
+
+def test_a_phantom_goes_out_and_in_and_is_prepared(tmp_path: Path) -> None:
+    phantom = make_phantom(size_zyx=(16, 96, 96), voxel_nm=(40, 8, 8), seed=1, offset_nm=(400.0, 80.0, 8.0))
+    made = write_phantom(phantom, tmp_path, "a")
+    assert made.partners is not None
+    export_points(Path(made.partners), tmp_path / "a.csv", like="synful")
+    source = PointSource(tmp_path / "a.csv", made.image, 120.0, made.neurons)
+    written = import_points(source, tmp_path / "out")
+    assert np.allclose(points_nm(read_table(written.partners)), points_nm(phantom.partners), atol=1e-9)
+    params = yaml.safe_load("\n".join(params_lines(source, written)))["data"]["train"]
+    assert params.keys() == {"image", "label", "label_kind", "neurons", "partners"}
+    (taken,) = list_sources(VolumeSet(**params), role="train")
+    prepared = prepare_volume(taken, tmp_path, voxel_nm=None, pool_zyx=(1, 1, 1))
+    assert prepared.notes == ()
+    assert prepared.label is not None
+    assert len(prepared.label.ids) == 2 * written.sites
+    under = _label_at(written.label, phantom.partners)
+    assert np.array_equal(under, np.stack([2 * phantom.partners.site - 1, 2 * phantom.partners.site], axis=1))
+
+
+def _label_at(path: Path, table: pd.DataFrame) -> NDArray[Any]:
+    """Give the label under the pre and the post point of each row."""
+    with open_volume(path) as volume:
+        label = volume.read()
+    ends = ([table[f"{side}_{axis}"] for axis in "zyx"] for side in ("pre", "post"))
+    return np.stack([label[tuple(end)] for end in ends], axis=1)

@@ -45,6 +45,11 @@ class Balls:
     def __len__(self) -> int:
         return len(self.end)
 
+    @property
+    def whole(self) -> NDArray[np.bool_]:
+        """Which balls are no halves."""
+        return np.asarray((self.facing == 0).all(axis=1))
+
     def where(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> "Balls":
         """Give some of the balls."""
         return Balls(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
@@ -114,11 +119,7 @@ def blocks_of(
     balls: Balls, *, radius_nm: float, grid: Grid, shape: Shape
 ) -> Iterator[tuple[Region, NDArray[np.intp]]]:
     """Give the blocks that balls reach, in order, and the rows of the balls that reach each."""
-    low, high = _reach(balls.centre_nm, radius_nm, grid)
-    if not balls.facing.any():  # a whole ball always holds the voxel of its point
-        at = voxels_of(balls.point_nm, grid)
-        low, high = np.minimum(low, at), np.maximum(high, at + 1)
-    yield from _by_block(low, high, shape)
+    yield from _by_block(*_spans(balls, radius_nm, grid), shape)
 
 
 def paint(
@@ -147,34 +148,34 @@ def paint(
     [0, 1, 1, 1, 0, 0]
     """
     ends, row = np.unique(balls.end, return_inverse=True)
+    start = np.array([axis.start for axis in box])
     size = tuple(axis.stop - axis.start for axis in box)
+    axes = [
+        offset + (first + np.arange(n)) * step
+        for first, n, offset, step in zip(start, size, grid.offset_nm, grid.voxel_nm, strict=True)
+    ]
     owner, contested = np.zeros(size, np.int32), np.zeros(size, bool)
     nearest = np.full(size, np.inf, np.float32)
     site_of = np.zeros(len(ends) + 1, np.int64)
     site_of[row + 1] = balls.site
-    low, high = _reach(balls.centre_nm, radius_nm, grid)
-    at = voxels_of(balls.point_nm, grid)
-    for n in range(len(balls)):
-        part = _within(low[n], high[n], box)
-        whole = not balls.facing[n].any()
-        if whole:
-            part = _within(np.minimum(low[n], at[n]), np.maximum(high[n], at[n] + 1), box)
-        if part is None:
+    own, whole = (voxels_of(balls.point_nm, grid) - start).tolist(), balls.whole.tolist()
+    spans = np.clip(np.stack(_spans(balls, radius_nm, grid)) - start, 0, size)
+    for n, (low, high) in enumerate(zip(*spans.tolist(), strict=True)):
+        part = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        if any(axis.start >= axis.stop for axis in part):
             continue
-        start = [here.start + axis.start for here, axis in zip(part, box, strict=True)]
-        shape = tuple(here.stop - here.start for here in part)
-        reached = _ball(balls, n, start, shape, radius_nm=radius_nm, grid=grid)
-        own = tuple(at[n] - start)
-        if whole and all(0 <= i < k for i, k in zip(own, shape, strict=True)):
-            reached[own] = True
+        here = [axis[along] for axis, along in zip(axes, part, strict=True)]
+        distance, reached = _ball(balls, n, here, radius_nm=radius_nm)
+        if whole[n] and all(a <= i < b for a, i, b in zip(low, own[n], high, strict=True)):
+            reached[tuple(i - a for i, a in zip(own[n], low, strict=True))] = True  # however small the ball
         if neurons is not None and balls.neuron[n]:
             reached &= neurons[part] == balls.neuron[n]
-        distance = _squares(balls.point_nm[n], start, shape, grid)
-        other = reached & (owner[part] > 0)
+        before = owner[part]
+        other = reached & (before > 0)
         if other.any():
-            contested[part][other] |= site_of[owner[part][other]] != balls.site[n]
+            contested[part][other] |= site_of[before[other]] != balls.site[n]
         won = reached & (distance < nearest[part])
-        owner[part][won] = row[n] + 1
+        before[won] = row[n] + 1
         nearest[part][won] = distance[won]
     return Painted(owner, ends, int(np.count_nonzero(contested)))
 
@@ -196,52 +197,35 @@ def measure(
 
 
 def _ball(
-    balls: Balls, n: int, start: list[int], shape: Shape, *, radius_nm: float, grid: Grid
-) -> NDArray[np.bool_]:
-    reached = _squares(balls.centre_nm[n], start, shape, grid) <= np.float32(radius_nm**2)
-    if balls.facing[n].any():
-        z, y, x = (
-            step * side
-            for step, side in zip(
-                _steps(balls.centre_nm[n], start, shape, grid), balls.facing[n], strict=True
-            )
-        )
-        reached &= z[:, None, None] + y[:, None] + x >= 0
-    return np.asarray(reached)
+    balls: Balls, n: int, axes: list[NDArray[np.float64]], *, radius_nm: float
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Give the square of each voxel's distance from the point of a ball, and whether it lies in the ball.
+
+    `axes` are the positions of the voxels along z, y and x.
+    """
+    steps = [axis - at for axis, at in zip(axes, balls.point_nm[n].tolist(), strict=True)]
+    distance, limit = _squares(steps), np.float32(radius_nm**2)
+    facing = balls.facing[n].tolist()
+    if not any(facing):
+        return distance, np.asarray(distance <= limit)
+    from_centre = [axis - at for axis, at in zip(axes, balls.centre_nm[n].tolist(), strict=True)]
+    z, y, x = (step * side for step, side in zip(from_centre, facing, strict=True))
+    return distance, (_squares(from_centre) <= limit) & (z[:, None, None] + y[:, None] + x >= 0)
 
 
-def _squares(
-    point_nm: NDArray[np.float64], start: list[int], shape: Shape, grid: Grid
-) -> NDArray[np.float32]:
-    """Give the square of the distance of each voxel of a box from a point."""
-    z, y, x = (np.square(step).astype(np.float32) for step in _steps(point_nm, start, shape, grid))
+def _squares(steps: list[NDArray[np.float64]]) -> NDArray[np.float32]:
+    z, y, x = (np.square(step).astype(np.float32) for step in steps)
     return np.asarray(z[:, None, None] + y[:, None] + x)
 
 
-def _steps(
-    point_nm: NDArray[np.float64], start: list[int], shape: Shape, grid: Grid
-) -> list[NDArray[np.float64]]:
-    """Give how far the voxels of a box lie from a point along each axis, in nm."""
-    axes = zip(point_nm, start, shape, grid.offset_nm, grid.voxel_nm, strict=True)
-    return [offset + (first + np.arange(n)) * size - at for at, first, n, offset, size in axes]
-
-
-def _reach(
-    centre_nm: NDArray[np.float64], radius_nm: float, grid: Grid
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _spans(balls: Balls, radius_nm: float, grid: Grid) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Give the first and one past the last voxel that each ball reaches along each axis."""
-    at = (centre_nm - grid.offset_nm) / np.asarray(grid.voxel_nm)
+    at = (balls.centre_nm - grid.offset_nm) / np.asarray(grid.voxel_nm)
     reach = radius_nm / np.asarray(grid.voxel_nm)
-    return np.ceil(at - reach).astype(np.int64), np.floor(at + reach).astype(np.int64) + 1
-
-
-def _within(low: NDArray[np.int64], high: NDArray[np.int64], box: Region) -> Region | None:
-    """Give the part of a box from low to high, counted from the box's first voxel; None if there is none."""
-    part = tuple(
-        slice(max(int(a), axis.start) - axis.start, min(int(b), axis.stop) - axis.start)
-        for a, b, axis in zip(low, high, box, strict=True)
-    )
-    return None if any(axis.start >= axis.stop for axis in part) else part
+    low, high = np.ceil(at - reach).astype(np.int64), np.floor(at + reach).astype(np.int64) + 1
+    own = voxels_of(balls.point_nm, grid)
+    whole = balls.whole[:, None]  # holds the voxel of its point, however small it is
+    return np.where(whole, np.minimum(low, own), low), np.where(whole, np.maximum(high, own + 1), high)
 
 
 def _by_block(
