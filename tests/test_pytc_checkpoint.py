@@ -158,6 +158,13 @@ def test_a_base_is_overridden(tmp_path: Path) -> None:
     assert (meta.network.padding, meta.network.widths, meta.mean) == ("reflect", (8, 16, 24), 63.75)
 
 
+def test_a_config_that_wants_its_base_says_so(tmp_path: Path) -> None:
+    checkpoint, config = _written(tmp_path, Form())
+    config.write_text("MODEL: {TARGET_OPT: ['1-1'], OUT_PLANES: 3}\n")
+    with pytest.raises(SynmlopsError, match=r"does not fit(.|\n)*config\.yaml names neither.*--base"):
+        import_checkpoint(checkpoint, config, voxel_nm=VOXEL)
+
+
 def test_the_survey_accounts_for_every_key(tmp_path: Path) -> None:
     console = Console(width=200, file=StringIO())
     console.print(render(_imported(tmp_path, Form(norm="in")).survey()))

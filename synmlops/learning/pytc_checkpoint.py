@@ -116,6 +116,18 @@ def import_checkpoint(path: Path, config: Path, *, voxel_nm: Nm, base: Path | No
         supported, or weights do not fit the config (with both shapes).
     """
     sections = read_config(config, base)
+    try:
+        return _converted(path, sections, voxel_nm=voxel_nm)
+    except SynmlopsError as error:
+        if base is None and not {"ARCHITECTURE", "FILTERS"} & sections.get("MODEL", {}).keys():
+            raise SynmlopsError(
+                f"{error}\n  ({config} names neither MODEL.ARCHITECTURE nor MODEL.FILTERS: where it was used "
+                "with a --config-base, give that with --base)"
+            ) from error
+        raise
+
+
+def _converted(path: Path, sections: Mapping[str, Any], *, voxel_nm: Nm) -> Imported:
     model, dataset = sections.get("MODEL", {}), sections.get("DATASET", {})
     cubic = is_isotropic(dataset)
     outputs, network = outputs_of(model), network_params_of(model, is_isotropic=cubic)
