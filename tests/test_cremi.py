@@ -189,7 +189,7 @@ def test_two_sites_at_one_cleft_are_not_told_apart(tmp_path: Path) -> None:
     tissue.neurons[:, :, :2] = 44
     tissue.pair(8, (1, 10, 1), 9, (1, 10, 6))
     made = labels_of(tissue, tmp_path)
-    assert kinds(made)["sites with a side that cannot be told from those of others"] == 2
+    assert kinds(made)["pairs with a side that cannot be told from those of others"] == 2
     assert made.partners.labelled.tolist() == [False, False, True]
     assert not made.mask[3, 4:20, 14:18].any()
 
@@ -237,6 +237,18 @@ def test_the_nearer_cleft_has_the_voxel(tmp_path: Path) -> None:
         file["annotations/locations"][:, 0] /= 5
     made = label_cremi(path, thickness_nm=24.0)
     assert made.label[3, 12, 13:22].tolist() == [1, 1, 2, 2, 0, 0, 3, 4, 4]  # in between: to within a voxel
+
+
+def test_a_pair_that_lost_its_side_to_what_is_masked_is_masked_itself(tmp_path: Path) -> None:
+    tissue = polyadic()
+    tissue.neurons[:, :, 15:] = OTHER
+    tissue.neurons[3, 6:10, 15:20] = POST
+    tissue.points[40] = (POST_TYPE, (3.0, 8.0, 17.0))  # no partner, right at the first post
+    made = labels_of(tissue, tmp_path, thickness_nm=40.0)
+    assert kinds(made)["pairs with a side that cannot be told from those of others"] == 1
+    assert made.partners.labelled.tolist() == [False, True]
+    assert not made.mask[3, 8, [10, 19]].any()
+    assert {1, 2} <= set(np.unique(made.label))
 
 
 def test_tissue_of_no_neuron_beside_a_cleft_is_masked(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from synmlops.volumes.importers.cremi_sites import (
     claim_all,
     place_pairs,
 )
-from synmlops.volumes.importers.cremi_table import table_of
+from synmlops.volumes.importers.cremi_table import extents, table_of
 from synmlops.volumes.labels import smallest_unsigned
 from synmlops.volumes.prepared import UNTRUSTED
 from synmlops.volumes.preparing import sides_of
@@ -129,9 +129,8 @@ def label_cremi(
 
     Notes
     -----
-    Memory: 11 to 18 bytes for each voxel of the labels, by the width of the ids, and some 400 for each of
-    clefts;
-    raw is not read. Tissue is looked at about each piece of a cleft, not over the whole volume.
+    Memory: 11 to 18 bytes for each voxel of the labels, by the width of the ids, and some 400 for each voxel
+    of a cleft; raw is not read.
     """
     for name, value in (("thickness", thickness_nm), ("reach", reach_nm)):
         if not (value > 0 and math.isfinite(value)):
@@ -153,9 +152,14 @@ def label_cremi(
     beside = Surroundings(clefts, neurons.shape, voxel_nm=grid.voxel_nm, thickness_nm=thickness_nm)
     sites = place_pairs(pairs, beside, neurons, reach_nm=reach_nm)
     label, doubts = _labelled(sites, pairs, beside, neurons, mask)
-    doubts += [_pair_doubt(kind, pairs, row) for kind, rows in sites.doubts.items() for row in rows]
-    doubts += [_pair_doubt(FAULTY, pairs, row) for row in faulty]
-    doubts += _mask_points(pairs, sites, annotations, origin, mask, label, grid.voxel_nm, thickness_nm)
+    alone, points = _unpaired(annotations, origin)
+    lost = _mask_hidden(pairs, sites.site, points, label, mask, neurons, beside)
+    doubts += [
+        Doubt(kind, f"pair {pairs.name(row)}", _middle(pairs.points_nm[row]))
+        for kind, rows in (*sites.doubts.items(), (LOST_SIDE, lost), (FAULTY, faulty))
+        for row in rows
+    ]
+    doubts += alone
     if not label.any():
         raise SynmlopsError(
             f"{source}: none of its {len(pairs.ids)} pairs lies at a cleft between its two neurons, so "
@@ -314,44 +318,67 @@ def _labelled(
     lost = np.bincount((label[claims.contested].astype(np.int64) + 1) // 2, minlength=n_sites + 2)
     middles = {n: _middle(pairs.points_nm[sites.site == n].reshape(-1, 3)) for n in sites.pieces}
     doubts += [Doubt(CONTESTED, f"site {n}, {lost[n]} voxels", middles[n]) for n in middles if lost[n]]
-    sizes = np.zeros(2 * n_sites + 1, np.int64)
     for section, trusted, contested in zip(label, mask, claims.contested, strict=True):
         trusted[contested | (section == claims.unknown)] = 0
         section[trusted == 0] = 0
-        sizes += np.bincount(section.reshape(-1), minlength=len(sizes))
-    broken = [n for n in sites.pieces if not sizes[2 * n - 1 : 2 * n + 1].all()]
-    for n in broken:
-        gone = (label + 1) // 2 == n
-        mask[gone], label[gone] = 0, 0
-    doubts += [Doubt(LOST_SIDE, f"site {n}", middles[n]) for n in broken]
     return label.astype(smallest_unsigned(max(1, 2 * n_sites)), copy=False), doubts
 
 
-def _mask_points(
+def _mask_hidden(
     pairs: Pairs,
-    sites: Sites,
-    annotations: Annotations,
-    origin_nm: tuple[float, float, float],
-    mask: NDArray[np.uint8],
+    site: NDArray[np.int64],
+    points_nm: NDArray[np.float64],
     label: NDArray[np.unsignedinteger],
-    voxel_nm: tuple[float, float, float],
-    radius_nm: float,
-) -> list[Doubt]:
-    """Mask the tissue about pairs without a label and about points in no pair; gives the latter."""
+    mask: NDArray[np.uint8],
+    neurons: NDArray[np.unsignedinteger],
+    surroundings: Surroundings,
+) -> list[int]:
+    """Mask the tissue about points (N, 3) and about pairs that the label does not show both sides of.
+
+    What is masked may have been a side of another pair, which is then masked too. Gives the pairs that had
+    a site and lost a side.
+    """
+
+    def hide(ends_nm: NDArray[np.float64]) -> None:
+        voxel_nm, radius_nm = surroundings.voxel_nm, surroundings.thickness_nm
+        for box, inside in capsules(ends_nm, shape=mask.shape, voxel_nm=voxel_nm, radius_nm=radius_nm):
+            mask[box][inside], label[box][inside] = 0, 0
+
+    hide(np.stack((points_nm, points_nm), axis=1))
+    hidden = site == 0
+    hide(pairs.points_nm[hidden])
+    while True:
+        sizes, _, _ = extents(pairs, site, label, neurons)
+        new = ~hidden & ~(sizes > 0).all(axis=1)
+        if not new.any():
+            return [int(row) for row in np.flatnonzero(hidden & (site > 0))]
+        hide(pairs.points_nm[new])
+        hidden |= new
+        _drop(np.setdiff1d(site[hidden], site[~hidden]), label, mask)
+
+
+def _drop(sites: NDArray[np.int64], label: NDArray[np.unsignedinteger], mask: NDArray[np.uint8]) -> None:
+    """Mask what is left of sites of which no pair is shown."""
+    ids = np.concatenate((2 * sites - 1, 2 * sites))
+    kept = np.arange(max(int(label.max()), int(ids.max(initial=0))) + 1).astype(label.dtype)
+    kept[ids[ids > 0]] = 0
+    for section, trusted in zip(label, mask, strict=True):
+        left = kept[section]
+        trusted[left != section] = 0
+        section[...] = left
+
+
+def _unpaired(
+    annotations: Annotations, origin_nm: tuple[float, float, float]
+) -> tuple[list[Doubt], NDArray[np.float64]]:
+    """List the annotations in no pair, and give their points."""
     alone = np.flatnonzero(~np.isin(annotations.ids, annotations.partners))
     points = annotations.locations_nm[alone] + (np.asarray(annotations.offset_nm) - origin_nm)
-    has_label = np.isin(2 * sites.site, np.unique(label)) & (sites.site > 0)
-    ends = np.concatenate((pairs.points_nm[~has_label], np.stack((points, points), axis=1)))
-    for box, inside in capsules(ends, shape=mask.shape, voxel_nm=voxel_nm, radius_nm=radius_nm):
-        mask[box][inside], label[box][inside] = 0, 0
-    return [
+    listed = [
         Doubt(UNPAIRED, f"{annotations.ids[row]}, a {annotations.types[row]}", _middle(point[None]))
         for row, point in zip(alone, points, strict=True)
     ]
-
-
-def _pair_doubt(kind: str, pairs: Pairs, row: int) -> Doubt:
-    return Doubt(kind, f"pair {pairs.name(row)}", _middle(pairs.points_nm[row]))
+    return listed, points
 
 
 def _middle(points_nm: NDArray[np.float64]) -> tuple[float, float, float]:

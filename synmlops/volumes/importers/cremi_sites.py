@@ -21,7 +21,7 @@ ONE_SIDED = "pairs whose nearest cleft does not lie between their neurons"
 ONE_NEURON = "pairs within one neuron"
 NOT_ANNOTATED = "clefts without an annotated pair"
 CONTESTED = "sites that lost voxels which are as near to another cleft"
-LOST_SIDE = "sites with a side that cannot be told from those of others"
+LOST_SIDE = "pairs with a side that cannot be told from those of others"
 
 
 @dataclass(frozen=True)

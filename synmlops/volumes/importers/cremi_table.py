@@ -54,7 +54,7 @@ def table_of(
         columns |= {f"{side}_{axis}_nm": points[:, n, i] for i, axis in enumerate("zyx")}
         columns |= {f"{side}_{axis}": index[:, n, i] for i, axis in enumerate("zyx")}
         columns[f"{side}_neuron"] = pairs.neurons[:, n]
-    sizes, low, high = _extents(pairs, site, label, neurons)
+    sizes, low, high = extents(pairs, site, label, neurons)
     shown: NDArray[np.bool_] = np.asarray((sizes > 0).all(axis=1))
     columns |= {"pre_voxels": sizes[:, 0], "post_voxels": sizes[:, 1]}
     low = np.where(shown[:, None], low + start_zyx, index.min(axis=1))
@@ -82,7 +82,7 @@ def _all_sites(site: NDArray[np.int64], pre: NDArray[np.uint64]) -> NDArray[np.i
     return numbered
 
 
-def _extents(
+def extents(
     pairs: Pairs,
     site: NDArray[np.int64],
     label: NDArray[np.unsignedinteger],
