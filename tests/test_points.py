@@ -160,10 +160,14 @@ def test_of_two_sites_the_nearer_point_wins(source: PointSource, tmp_path: Path)
     assert written.notes == (f"{shared} voxels lie in balls of several sites: each is of the nearest point",)
 
 
-def test_an_end_in_the_background_is_masked(source: PointSource, tmp_path: Path) -> None:
-    neurons = HALVES.copy()
-    neurons[6, 20:24, 55:65] = 0  # about the post of the last row
-    write_hdf5(tmp_path / "em2.h5", {"neurons": neurons}, grid=GRID)
+@pytest.mark.parametrize("background", [0, -1])
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_an_end_in_the_background_is_masked(
+    source: PointSource, tmp_path: Path, background: int, compression: str | None
+) -> None:
+    neurons = HALVES.astype(np.int64)
+    neurons[6, 20:24, 55:65] = background  # about the post of the last row
+    write_hdf5(tmp_path / "em2.h5", {"neurons": neurons}, grid=GRID, compression=compression)
     written = import_points(replace(source, neurons=f"{tmp_path}/em2.h5"), tmp_path / "out")
     assert (written.sites, written.rows) == (1, 2)
     assert "1 of 3 rows have an end in the background" in written.notes[0]

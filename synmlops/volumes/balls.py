@@ -98,20 +98,20 @@ def values_at(volume: Volume, index_zyx: NDArray[np.int64]) -> NDArray[np.uint64
     Parameters
     ----------
     volume : Volume
-        Of whole numbers, none negative.
+        Of whole numbers; negative ones, with which some mark what is no neuron, are read as 0.
     index_zyx : (N, 3) array of int
         All inside.
     """
     values = np.zeros(len(index_zyx), np.uint64)
     if (whole := volume.memmap()) is not None:
-        values[:] = whole[tuple(index_zyx.T)]
+        values[:] = whole[tuple(index_zyx.T)].clip(0)
         return values
     for box, rows in _by_block(index_zyx, index_zyx + 1, volume.shape):
         start = [axis.start for axis in box]
         low, high = (f(index_zyx[rows], axis=0) for f in (np.min, np.max))
         near = tuple(slice(int(a), int(b) + 1) for a, b in zip(low, high, strict=True))
         assert (low >= start).all()
-        values[rows] = volume[near][tuple((index_zyx[rows] - low).T)]
+        values[rows] = volume[near][tuple((index_zyx[rows] - low).T)].clip(0)
     return values
 
 

@@ -71,7 +71,7 @@ def export_partners(
         from synmlops.volumes.exporters.precomputed import write_precomputed  # tensorstore takes a while
 
         write_precomputed(partners, out, voxel_nm=voxel_nm)
-        words += f", precomputed://FOLDER in neuroglancer once {out} is served"
+        words += "; served by a web server, it is precomputed://ADDRESS in neuroglancer"
     elif chosen == "cremi":
         from synmlops.volumes.cremi import annotations_of, write_cremi
 

@@ -62,7 +62,7 @@ LAYOUTS = (
         "synful",
         _axes("{side}_{axis}"),
         "nm",
-        neurons=(("segmentid_pre", "pre_segmentid"), ("segmentid_post", "post_segmentid")),
+        neurons=(("segmentid_pre", "pre_root_id"), ("segmentid_post", "post_root_id")),
         confidence=("scores", "score"),
     ),
     Layout(
