@@ -177,6 +177,8 @@ def test_an_end_in_the_background_is_masked(
     unsure = (_distances(PAIRS[2, 0]) <= 60) | (_distances(PAIRS[2, 1]) <= 60)
     assert np.array_equal(mask == 0, unsure & (label == 0))
     assert any(line.strip() == f"mask: {written.mask}" for line in params_lines(source, written))
+    assert import_points(source, tmp_path / "out").mask is None
+    assert not written.mask.exists()  # it was that of another label
 
 
 def test_a_site_that_loses_a_side_is_taken_out(source: PointSource, tmp_path: Path) -> None:

@@ -92,6 +92,8 @@ def import_points(source: PointSource, dest: Path, *, name: str | None = None) -
             neurons=opened.neurons,
             write_beside=lambda done: _write_partners(_table(found, done, opened.grid), partners),
         )
+    if not done.masked:
+        mask.unlink(missing_ok=True)  # of an earlier import, whose label is replaced
     kept = done.kept
     return Written(
         label=label,
