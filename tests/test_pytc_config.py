@@ -22,6 +22,7 @@ from synmlops.volumes.importers.pytc_config import (
 )
 from synmlops.volumes.importers.pytc_draft import Fate, Row
 from synmlops.volumes.importers.pytc_keys import KNOWN_KEYS, V1_KEYS, settings_of
+from synmlops.volumes.importers.pytc_survey import survey_volumes
 from synmlops.volumes.store import Grid, write_hdf5
 
 POLARITY: dict[str, dict[str, Any]] = {
@@ -134,9 +135,7 @@ def test_every_older_key_stands_in_the_table_as_it_is_spelled() -> None:
 
 def test_the_table_names_all_four_fates_and_both_faults(tmp_path: Path) -> None:
     augmentor = {"GRAYSCALE": {"P": 0.5}}
-    imported = _import(
-        tmp_path, SYSTEM={"NUM_GPUS": 2}, DATASET={"REDUCE_LABEL": True}, AUGMENTOR=augmentor
-    )
+    imported = _import(tmp_path, SYSTEM={"NUM_GPUS": 2}, DATASET={"REDUCE_LABEL": True}, AUGMENTOR=augmentor)
     console = Console(width=200, file=io.StringIO())
     console.print(render_table(imported))
     text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -297,6 +296,15 @@ def test_the_first_dataset_of_a_file_is_named(tmp_path: Path, monkeypatch: pytes
     assert train.image == ("vol/a.h5::image", "vol/b.h5")
 
 
+def test_grey_of_wide_images_is_left_to_themselves(tmp_path: Path) -> None:
+    write_hdf5(tmp_path / "wide.h5", {"main": np.zeros((2, 2, 2), np.uint16)}, grid=None)
+    dataset = {"IMAGE_NAME": "wide.h5@a.h5", "INPUT_PATH": str(tmp_path), "MEAN": 0.4}
+    imported = _import(tmp_path, DATASET=dataset)
+    assert imported.params.data.grey is None
+    assert _row(imported, "DATASET.MEAN").fate is Fate.CHANGED
+    assert _import(tmp_path, DATASET={"MEAN": 0.4, "STD": 0.2}).params.data.grey == (102.0, 51.0)
+
+
 def test_scales_become_pooling(tmp_path: Path) -> None:
     half = _import(tmp_path, DATASET={"DATA_SCALE": [1.0, 0.5, 0.33]})
     assert half.params.data.pool_zyx == (1, 2, 3)
@@ -402,3 +410,14 @@ def test_params_that_are_there_are_not_replaced_unless_told(tmp_path: Path) -> N
     assert out.read_text() == "mine"
     assert CliRunner().invoke(app, [*arguments, "--force"]).exit_code == 0
     assert load_params(out).data.voxel_nm == (30.0, 8.0, 8.0)
+
+
+def test_a_label_that_looks_like_an_image_or_another_kind_is_odd(tmp_path: Path) -> None:
+    _volumes(tmp_path)
+    semantic = np.zeros((4, 24, 24), np.uint8)
+    semantic[1:3, 4:8, 4:8], semantic[1:3, 4:8, 8:12] = 1, 2
+    write_hdf5(tmp_path / "sem.h5", {"main": semantic}, grid=None)
+    dataset = {"IMAGE_NAME": "a.h5@a.h5", "LABEL_NAME": "a.h5@sem.h5", "INPUT_PATH": str(tmp_path)}
+    odd = survey_volumes(_import(tmp_path, DATASET=dataset).params.data).odd
+    assert any("a.h5: is named as a label, but it looks like image" in sentence for sentence in odd)
+    assert any("sem.h5: is taken for pairs, but it looks like semantic" in sentence for sentence in odd)

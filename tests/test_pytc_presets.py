@@ -2,17 +2,23 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from pytc_presets import FOLDER, PRESETS, imported, preset_file
 
 from synmlops.learning.checkpoint import read_meta
+from synmlops.learning.losses import compute_loss
+from synmlops.learning.optim import learning_rate_at
 from synmlops.learning.volume_prediction import Engine
 from synmlops.params import CHANNELS, Params, load_params
 from synmlops.stages import evaluate, infer, prepare, train
-from synmlops.volumes.importers.pytc_config import as_yaml
+from synmlops.volumes.importers.pytc_config import as_yaml, params_of
+from synmlops.volumes.importers.pytc_keys import settings_of
 from synmlops.volumes.store import open_volume
 
 NAMES = sorted(PRESETS)
@@ -113,3 +119,26 @@ def test_a_preset_runs_end_to_end(
     with open_volume(next(predicted.rglob("*test*/*.h5")), ndim=4) as probabilities:
         assert tuple(probabilities.attrs["channels"]) == CHANNELS
         assert probabilities.shape == (3, 16, 96, 96)
+
+
+def test_the_rates_of_an_imported_schedule_are_theirs(shared: Callable[[str], Path]) -> None:
+    golden = np.load(shared("golden/pytc/schedule_blend_windows.npz"))
+    given = {
+        "multistep": {"LR_SCHEDULER_NAME": "WarmupMultiStepLR", "BASE_LR": 0.01, "STEPS": [30, 35]},
+        "cosine": {"LR_SCHEDULER_NAME": "WarmupCosineLR", "BASE_LR": 0.04},
+    }
+    for name, solver in given.items():
+        solver |= {"ITERATION_TOTAL": 45, "WARMUP_ITERS": 10}
+        params = params_of(settings_of({"SOLVER": solver}, source="config.yaml")).params
+        rates = [learning_rate_at(step, params.train) for step in range(1, 46)]
+        np.testing.assert_allclose(rates, golden[f"warmup_{name}"], rtol=1e-12)
+
+
+def test_the_losses_of_the_presets_are_theirs(shared: Callable[[str], Path]) -> None:
+    golden = np.load(shared("golden/pytc/losses.npz"))
+    logits, target = (torch.from_numpy(golden[name]).float() for name in ("pred", "target"))
+    for name, key in (("jwr15_bce_dice", "total"), ("jwr15_bce_dice_overlap", "total_with_nonoverlap_x4")):
+        weighted = {"foreground_weight_clip": (0.2, 0.2)}  # 1 and 4, as the reference was computed with
+        params = imported(name).params.loss.model_copy(update=weighted)
+        loss = compute_loss(logits, target, torch.ones_like(target), params=params)
+        assert float(loss.total) == pytest.approx(float(golden[key]), rel=1e-6)

@@ -31,6 +31,7 @@ from synmlops.volumes.importers.pytc_learning import (
 from synmlops.volumes.importers.pytc_network import grey_levels_of
 from synmlops.volumes.importers.pytc_paths import Files, files_of
 from synmlops.volumes.importers.pytc_running import PLACELESS, take_decoding, take_inference, take_training
+from synmlops.volumes.store import open_volume
 
 _UNNAMED = Files(image=("data/raw/image.h5",), label=("data/raw/label.h5",))
 _BANDS = 4
@@ -87,7 +88,7 @@ def params_of(settings: Settings, *, voxel_nm: Nm | None = None) -> Imported:
     by_fate = sorted(draft.rows, key=lambda key: (order.index(draft.rows[key].fate), place[key]))
     rows = [draft.rows[key] for key in by_fate]
     draft.notes.extend(_ALWAYS)
-    return Imported(settings.source, settings.version, params, tuple(rows), tuple(draft.notes))
+    return Imported(settings.source, settings.version, params, tuple(rows), tuple(dict.fromkeys(draft.notes)))
 
 
 def render_table(imported: Imported) -> RenderableType:
@@ -153,16 +154,10 @@ def _take_data(draft: Draft, target: Target, network: NetworkParams, voxel_nm: N
             "its configs say no voxel size: set data.voxel_nm (--voxel-nm) unless the files do"
         )
     _take_scale(draft)
-    level, spread = grey_levels_of(draft.settings.section("DATASET"))
-    draft.set("data.grey", [level, spread])
-    keys = "DATASET.MEAN DATASET.STD DATASET.MATCH_ACT"
-    draft.say_all(keys, Fate.RENAMED, f"data.grey: [{level:g}, {spread:g}]", "in grey levels of 8-bit images")
-    why = "grey is taken as it is: stretch an image that does not use its whole range"
-    stretched = draft.settings.given.get("DATASET.NORMALIZE_RANGE", True)
-    draft.say("DATASET.NORMALIZE_RANGE", Fate.NONE if stretched else Fate.CARRIED, why=why)
     for role in ("phantom", "train", "validation", "test", "split"):
         draft.set(f"data.{role}", None)
     train = _train_files(draft)
+    _take_grey(draft, train)
     draft.set("data.train", _volumes(train, target.kind))
     _say_files(draft, "train", "DATASET.", train)
     _take_other_roles(draft, target, network, train)
@@ -262,6 +257,35 @@ def _volumes(files: Files, kind: str | None) -> dict[str, Any]:
     given = {name: (paths[0] if len(paths) == 1 else list(paths)) for name, paths in parts.items() if paths}
     order = ("image", "label", "label_kind", "neurons", "mask", "partners")
     return {name: kind if name == "label_kind" else given.get(name) for name in order}
+
+
+def _take_grey(draft: Draft, train: Files) -> None:
+    """Take what is grey 0 and 1, said for 8 bits: other images are stretched to that first, there."""
+    level, spread = grey_levels_of(draft.settings.section("DATASET"))
+    wide = next(filter(_is_wide, train.image), None)
+    keys, why = "DATASET.MEAN DATASET.STD DATASET.MATCH_ACT", "in grey levels of 8-bit images"
+    if wide is None:
+        draft.set("data.grey", [level, spread])
+        draft.say_all(keys, Fate.RENAMED, f"data.grey: [{level:g}, {spread:g}]", why)
+    else:
+        draft.set("data.grey", None)
+        why = f"{wide} is not of 8 bits: its own mean and deviation are taken"
+        draft.say_all(keys, Fate.CHANGED, "data.grey: null", why)
+        draft.notes.append(f"data.grey: {why}")
+    stretched = draft.settings.given.get("DATASET.NORMALIZE_RANGE", True)
+    why = "grey is taken as it is: stretch an image that does not use its whole range"
+    draft.say("DATASET.NORMALIZE_RANGE", Fate.NONE if stretched else Fate.CARRIED, why=why)
+
+
+def _is_wide(path: str) -> bool:
+    """Whether an image that is there has more than 8 bits."""
+    if not Path(path.partition("::")[0]).exists():
+        return False
+    try:
+        with open_volume(path) as volume:
+            return volume.dtype.itemsize > 1
+    except SynmlopsError:
+        return False  # what is wrong with it is for prepare, or a dry run, to say
 
 
 def _take_scale(draft: Draft) -> None:

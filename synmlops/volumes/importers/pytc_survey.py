@@ -89,7 +89,11 @@ def _is_known(problem: str, data: DataParams) -> bool:
 
 
 def _other_kind(path: str, report: VolumeReport, kind: LabelKind | None) -> list[str]:
-    """Say where a label looks like another kind than the config's target makes of it."""
+    """Say where a label looks like another kind than the config's target makes of it, or like no label."""
+    if report.role in ("image", "probabilities"):
+        return [
+            f"{path}: is named as a label, but it looks like {report.role}; name the dataset: a.h5::label"
+        ]
     looks = report.label.removeprefix("looks like ").partition(":")[0]
     if kind is None or kind == "union" or not report.label or looks in (kind, "instances"):
         return []
@@ -116,8 +120,10 @@ def _draw(image: Volume, label: Volume, kind: LabelKind | None, *, data: DataPar
         return False
     if not len(sites):
         return False
-    chosen = sites[np.unique(np.linspace(0, len(sites) - 1, _SHOWN).round().astype(int))]
-    points = np.array([_ends(label, site, kind) for site in chosen])
+    points = np.full((len(sites), 2, 3), np.nan)
+    points[:, 0] = sites[:, MIDDLE]
+    for n in np.unique(np.linspace(0, len(sites) - 1, _SHOWN).round().astype(int)):  # those that are drawn
+        points[n] = _ends(label, sites[n], kind)
     draw_synapses(picture, image=image, sides=_Sides(label, kind), points_zyx=points, voxel_nm=voxel_nm)
     return True
 
