@@ -32,9 +32,9 @@ from synmlops.synapses.blocks import (
 from synmlops.synapses.crew import Crew, Sources
 from synmlops.synapses.foreground import NEITHER, POST, PRE, Foreground, Levels
 from synmlops.synapses.joining import joined_members, starts_of
-from synmlops.synapses.sparse import Indices, components, places
+from synmlops.synapses.sparse import Indices, components
 
-_PRE, _POST, _UNION = (CHANNELS.index(name) for name in ("pre", "post", "union"))
+_PRE_PLANE, _POST_PLANE, _UNION_PLANE = (CHANNELS.index(name) for name in ("pre", "post", "union"))
 _NONE = np.empty((0, 4), np.int64)
 
 
@@ -166,18 +166,19 @@ def _marks(
 ) -> tuple[Indices, NDArray[np.uint8], tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
     """Give the places of the foreground, its union probability, and which voxels are pre and which post."""
     if not rule.exclusive:
-        flat = np.flatnonzero(planes[_UNION] > rule.above)
+        flat = np.flatnonzero(planes[_UNION_PLANE] > rule.above)
         pre, post, union = _at(planes, flat)
         return flat, union, (pre > rule.above, post > rule.above)
-    likelier = np.maximum(planes[_PRE], planes[_POST])
-    flat = np.flatnonzero(likelier > SCALE - planes[_UNION])
+    likelier = np.maximum(planes[_PRE_PLANE], planes[_POST_PLANE])
+    flat = np.flatnonzero(likelier > SCALE - planes[_UNION_PLANE])
     pre, post, union = _at(planes, flat)
     return flat, union, (pre >= post, post > pre)
 
 
-def _at(planes: NDArray[np.uint8], flat: Indices) -> list[NDArray[np.uint8]]:
-    place = places(flat, planes.shape[1:])
-    return [planes[channel][place] for channel in (_PRE, _POST, _UNION)]
+def _at(planes: NDArray[np.uint8], flat: Indices) -> NDArray[np.uint8]:
+    """Give the probabilities of pre, post and union at some places."""
+    wanted: NDArray[np.uint8] = planes.reshape(len(CHANNELS), -1).take(flat, axis=1)
+    return wanted
 
 
 # -- another size ------------------------------------------------------------------------------------------
