@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from synmlops.cli.common import three_numbers
-from synmlops.cli.exchange import importers
+from synmlops.cli.exchange import importers, show
 
 
 @importers.command()
@@ -19,15 +19,12 @@ def checkpoint(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written.")] = False,
 ) -> None:
     """Turn a trained network of PyTorch Connectomics into a model that runs here."""
-    from rich import print as show
-
     from synmlops.learning.pytc_checkpoint import import_checkpoint
-    from synmlops.volumes.importers.survey import render
 
     nm = three_numbers(voxel_nm, "--voxel-nm")
     assert nm is not None
     imported = import_checkpoint(file, config, base=base, voxel_nm=nm)
-    show(render(imported.survey()))
+    show(imported.survey())
     if dry_run:
         return
     imported.save(out)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from synmlops.cli.exchange import exporters, importers, scorers
+from synmlops.cli.exchange import exporters, importers, scorers, show, show_dry_run
 
 
 @importers.command()
@@ -30,19 +30,15 @@ def cremi(
     ] = False,
 ) -> None:
     """Turn a CREMI file into an image, pairs labels, a mask and the true partner table."""
-    from rich.console import Console
-
     from synmlops.volumes.importers import cremi_survey as stage
-    from synmlops.volumes.importers.survey import render
 
     options = stage.CremiOptions(thickness_nm, reach_nm, leave_out_faulty)
     chosen = stage.name_of(source, name)
     if dry_run:
         picture = dest / f"{chosen}_survey.png"
-        Console().print(render(stage.survey_cremi(source, options, picture)))
-        typer.echo(f"picture: {picture.resolve()}; nothing else is written")
+        show_dry_run(stage.survey_cremi(source, options, picture), picture)
         return
-    Console().print(render(stage.import_cremi(source, dest, options, name=chosen)))
+    show(stage.import_cremi(source, dest, options, name=chosen))
     typer.echo(f"all that is masked: {dest / chosen}_doubts.csv; for data in params.yaml:")
     typer.echo("\n".join(stage.params_lines(dest, chosen)))
 

@@ -1,11 +1,14 @@
 """`synmlops import`, `export` and `score`: what other groups' data, models and scores go through."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from synmlops.cli.common import app
+
+if TYPE_CHECKING:
+    from synmlops.volumes.importers.survey import Survey
 
 importers = typer.Typer(help="Take over datasets, labels, params and models of others.", no_args_is_help=True)
 exporters = typer.Typer(help="Write synapses in the formats of others.", no_args_is_help=True)
@@ -13,6 +16,21 @@ scorers = typer.Typer(help="Score synapses by the rules of others.", no_args_is_
 app.add_typer(importers, name="import")
 app.add_typer(exporters, name="export")
 app.add_typer(scorers, name="score")
+
+
+def show(survey: "Survey") -> None:
+    """Print what an importer found."""
+    from rich.console import Console
+
+    from synmlops.volumes.importers.survey import render
+
+    Console().print(render(survey))
+
+
+def show_dry_run(survey: "Survey", picture: Path) -> None:
+    """Print what an importer found, and where it drew it."""
+    show(survey)
+    typer.echo(f"picture: {picture.resolve()}; nothing else is written")
 
 
 @importers.command()
@@ -28,13 +46,8 @@ def vnc(
     from synmlops.volumes.importers.vnc import import_vnc, survey_vnc
 
     if dry_run:
-        from rich.console import Console
-
-        from synmlops.volumes.importers.survey import render
-
         picture = dest / "survey.png"
-        Console().print(render(survey_vnc(source, picture, sha256=sha256)))
-        typer.echo(f"picture: {picture.resolve()}; nothing else is written")
+        show_dry_run(survey_vnc(source, picture, sha256=sha256), picture)
         return
     summary = import_vnc(source, dest, sha256=sha256)
     if summary.sha256 is not None:

@@ -6,7 +6,7 @@ from typing import Annotated, get_args
 import typer
 
 from synmlops.cli.common import three_numbers
-from synmlops.cli.exchange import exporters, importers
+from synmlops.cli.exchange import exporters, importers, show_dry_run
 from synmlops.params import SynmlopsError
 from synmlops.progress import say
 
@@ -66,13 +66,8 @@ def points(
         crop=crop,
     )
     if dry_run:
-        from rich.console import Console
-
-        from synmlops.volumes.importers.survey import render
-
         picture = dest / f"{stage.stem_of(source, name)}_survey.png"
-        Console().print(render(stage.survey_points(source, picture)))
-        typer.echo(f"picture: {picture.resolve()}; nothing else is written")
+        show_dry_run(stage.survey_points(source, picture), picture)
         return
     written = stage.import_points(source, dest, name=name)
     say(written.notes)
