@@ -18,6 +18,7 @@ from synmlops.synapses import spool as spool_module
 from synmlops.synapses.decoding import decode_blocks
 from synmlops.synapses.instances import decode_pairs, decode_union
 from synmlops.synapses.partners import partners_of
+from synmlops.synapses.spool import lasting_spool
 from synmlops.volumes.prepared import Box
 from synmlops.volumes.store import Grid, open_volume, write_hdf5
 
@@ -294,6 +295,52 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     )
     same(Made(target.read(probabilities.shape[1:], whole.ids.dtype), decoding.table), whole)
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+class Interrupted:
+    """Probabilities whose reading is interrupted after some blocks; it counts them."""
+
+    def __init__(self, values: Any, after: int) -> None:
+        self.values, self.shape, self.after, self.n_read = values, values.shape, after, 0
+
+    def __getitem__(self, region: Any) -> Any:
+        if self.n_read == self.after:
+            raise KeyboardInterrupt
+        self.n_read += 1
+        return self.values[region]
+
+
+def test_what_was_read_before_an_interruption_is_not_read_again(tmp_path: Path) -> None:
+    values = random_probabilities(7)
+    size, n_blocks = (4, 9, 10), 8
+    once = {"scratch": tmp_path, "inputs": "one"}
+    with pytest.raises(KeyboardInterrupt):
+        by_block(Interrupted(values, after=5), size, **once)
+    (tmp_path / ".decode.blocks" / "voxels_7.partial").write_bytes(b"what a kill left of a file")
+    rest = Interrupted(values, after=99)
+    same(by_block(rest, size, **once), as_whole(values))
+    assert rest.n_read == n_blocks - 5
+    assert list(tmp_path.iterdir()) == []
+    again = Interrupted(values, after=99)
+    same(by_block(again, size, **once), as_whole(values))
+    assert again.n_read == n_blocks
+
+
+def test_what_was_laid_aside_of_other_probabilities_is_not_mixed_in(tmp_path: Path) -> None:
+    values = random_probabilities(7)
+    with pytest.raises(KeyboardInterrupt):
+        by_block(Interrupted(values, after=5), (4, 9, 10), scratch=tmp_path, inputs="one")
+    other = Interrupted(values[:, ::-1], after=99)
+    same(by_block(other, (4, 9, 10), scratch=tmp_path, inputs="other"), as_whole(values[:, ::-1]))
+    assert other.n_read == 8
+
+
+def test_two_processes_do_not_decode_into_one_place(tmp_path: Path) -> None:
+    with lasting_spool(tmp_path, {"inputs": 1}):
+        with pytest.raises(SynmlopsError, match="another process decodes into it"):
+            by_block(random_probabilities(7), (4, 9, 10), scratch=tmp_path, inputs="one")
+        assert (tmp_path / ".decode.blocks").exists()
+    assert not (tmp_path / ".decode.blocks").exists()
 
 
 def test_laid_aside_on_disk(tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def run(
             neurons=None if neurons is None else _neurons(neurons, shape),
             workers=processes,
             scratch=out,
+            inputs=_identity(probabilities),
             report=report,
         )
     files, notes, n_edges = [instances], [], None
@@ -179,6 +180,12 @@ def run(
         n_edges = len(edges)
     n_partners = None if decoding.table is None else len(decoding.table)
     return Written(decoding.n_sites, n_partners, n_edges, tuple(files), tuple(notes))
+
+
+def _identity(path: Path) -> str:
+    """Tell a file or a Zarr from another that has taken its place."""
+    state = path.stat()
+    return f"{path.absolute()} {state.st_ino} {state.st_size} {state.st_mtime_ns}"
 
 
 def _refuse_scale(scale: tuple[float, float, float], shape: tuple[int, int, int], suffix: str) -> None:

@@ -4,10 +4,9 @@ The result does not depend on the blocks: ids, numbering and table are those of 
 What stays in memory besides a block is a few numbers for each component that may be a site.
 """
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -23,6 +22,7 @@ from synmlops.synapses.blocks import (
     Given,
     Links,
     Source,
+    Summary,
     Task,
     decode_block,
     join_block,
@@ -38,13 +38,14 @@ from synmlops.synapses.pieces import Pieces, joined, merge
 from synmlops.synapses.pytc_decoding import PolarityRule, label_marked, levels_of
 from synmlops.synapses.sparse import places
 from synmlops.synapses.splitting import SplitRules
-from synmlops.synapses.spool import Spool
+from synmlops.synapses.spool import Spool, lasting_spool, temporary_spool
 from synmlops.synapses.touching import Crowd, crowds, part_crowds, renumbered
-from synmlops.volumes.files import plain_write_errors
 from synmlops.volumes.store import Grid
 from synmlops.volumes.table import empty_table
 
 Ids = np.dtype[np.unsignedinteger]
+
+_DONE = "done"  # the summary of a block: laid aside last, it says that the block was read
 _Result = TypeVar("_Result")
 
 
@@ -95,6 +96,7 @@ def decode_blocks(
     join_voxels: int = 0,
     workers: int = 1,
     scratch: Path | None = None,
+    inputs: str | None = None,
     report: Report = lambda done, note: None,
 ) -> Decoding:
     """Decode a volume of any size into instances and partner table.
@@ -124,6 +126,9 @@ def decode_blocks(
     scratch : Path, optional
         Folder for what is laid aside between the passes: about 14 bytes for each foreground voxel. None keeps
         it in memory, for one worker.
+    inputs : str, optional
+        What tells the probabilities from others. Where it is given, what a process that was killed had read
+        and laid aside in `scratch` is not read again (rule `sites`).
     report : function, optional
         Called with the passes over blocks done so far, of about `passes_of` for each block.
 
@@ -134,7 +139,8 @@ def decode_blocks(
     Raises
     ------
     SynmlopsError
-        If the probabilities end early, the neurons have another shape, or `scratch` is full.
+        If the probabilities end early, the neurons have another shape, `scratch` is full, or another process
+        decodes there.
     ValueError
         If the threshold is not within 0 to 1, the region leaves the volume, the probabilities are not of 1 or
         3 channels, or several workers have no scratch.
@@ -157,7 +163,11 @@ def decode_blocks(
     if workers > 1 and scratch is None:
         raise ValueError(f"{workers} workers need a scratch folder")
     levels, rule = _levels(params, threshold, join_voxels)
-    with _spool(scratch) as spool, crew(probabilities, neurons, workers) as hands:
+    facts = None
+    if inputs is not None and rule is None:
+        box = blocks.region.start_zyx, blocks.region.stop_zyx, blocks.block_zyx
+        facts = {"inputs": inputs, "blocks": box, "levels": astuple(levels), "least": params.min_voxels}
+    with _spool(scratch, facts) as spool, crew(probabilities, neurons, workers) as hands:
         task = Task(
             blocks=blocks,
             levels=levels,
@@ -237,16 +247,10 @@ class _Count:
         return result
 
 
-@contextmanager
-def _spool(scratch: Path | None) -> Iterator[Spool]:
+def _spool(scratch: Path | None, facts: Mapping[str, Any] | None) -> AbstractContextManager[Spool]:
     if scratch is None:
-        yield Spool(None)
-        return
-    with plain_write_errors(scratch):
-        scratch.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=".decode_", dir=scratch, ignore_cleanup_errors=True)
-    with folder as name:
-        yield Spool(Path(name))
+        return nullcontext(Spool(None))
+    return temporary_spool(scratch) if facts is None else lasting_spool(scratch, facts)
 
 
 def _label(hands: Crew, task: Task, rules: SplitRules, counted: _Count, rule: PolarityRule | None) -> Sites:
@@ -328,8 +332,15 @@ def _painted(block: Block, decoded: Decoded, kind: Ids) -> NDArray[Any]:
     return ids
 
 
-def _label_one(sources: Sources, task: Task, block: Block) -> Any:
-    return label_block(task, block, sources.probabilities)
+def _label_one(sources: Sources, task: Task, block: Block) -> Summary:
+    """Label a block, unless a process that was killed has done so."""
+    kept = task.spool.get(_DONE, block.index)
+    if kept is not None:
+        return Summary(*kept)
+    summary = label_block(task, block, sources.probabilities)
+    if task.spool.lasts:  # the last of the block's files
+        task.spool.put(_DONE, block.index, tuple(getattr(summary, one.name) for one in fields(Summary)))
+    return summary
 
 
 def _part_one(_: Sources, task: Task, home: Block, crowded: tuple[Crowd, ...], rules: SplitRules) -> Any:

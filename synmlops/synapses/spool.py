@@ -1,12 +1,20 @@
 """Arrays of blocks laid aside between two passes: on disk, so that memory stays flat, or in memory."""
 
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from synmlops.volumes.files import plain_write_errors
+from synmlops.params import SynmlopsError
+from synmlops.volumes.files import atomic_path, plain_write_errors
 
 Arrays = tuple[NDArray[Any], ...]
 
@@ -17,7 +25,10 @@ class Spool:
     Parameters
     ----------
     folder : Path or None
-        An empty folder, for a file for each name and block; None keeps the arrays in memory.
+        For a file for each name and block; None keeps the arrays in memory.
+    lasts : bool
+        Whether what was laid aside must outlive this process: each file is on the disk, whole, when `put`
+        returns.
 
     Examples
     --------
@@ -27,8 +38,9 @@ class Spool:
     ((array([1, 2]),), None)
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, *, lasts: bool = False) -> None:
         self._folder = folder
+        self.lasts = lasts
         self._kept: dict[tuple[str, int], Arrays] = {}
 
     def put(self, name: str, block: int, arrays: Arrays) -> None:
@@ -43,9 +55,16 @@ class Spool:
             self._kept[name, block] = arrays
             return
         path = self._path(name, block)
-        with plain_write_errors(path), path.open("wb") as file:
-            for array in arrays:
-                np.save(file, array, allow_pickle=False)
+        partial = path.with_suffix(".partial") if self.lasts else path
+        with plain_write_errors(path):
+            with partial.open("wb") as file:
+                for array in arrays:
+                    np.save(file, array, allow_pickle=False)
+                if self.lasts:
+                    file.flush()
+                    os.fsync(file.fileno())
+            if self.lasts:
+                partial.replace(path)
 
     def get(self, name: str, block: int) -> Arrays | None:
         """Give the arrays of a block; None where nothing was laid aside."""
@@ -70,3 +89,62 @@ class Spool:
     def _path(self, name: str, block: int) -> Path:
         assert self._folder is not None  # the callers ask
         return self._folder / f"{name}_{block}.npy"
+
+
+@contextmanager
+def temporary_spool(place: Path) -> Iterator[Spool]:
+    """Give a shelf on disk, in a folder of its own that goes with it.
+
+    Raises
+    ------
+    SynmlopsError
+        If the place cannot be written.
+    """
+    with plain_write_errors(place):
+        place.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=".decode_", dir=place, ignore_cleanup_errors=True)
+    with folder as name:
+        yield Spool(Path(name))
+
+
+@contextmanager
+def lasting_spool(place: Path, facts: Mapping[str, Any]) -> Iterator[Spool]:
+    """Give a shelf on disk that a killed process leaves to the next one of the same facts.
+
+    It is removed when all went well, and after an error; only a process that is killed or interrupted leaves
+    it. One of other facts is emptied.
+
+    Parameters
+    ----------
+    place : Path
+        Folder in which it is `.decode.blocks`.
+    facts : mapping
+        All that decides what is laid aside; what JSON can hold.
+
+    Raises
+    ------
+    SynmlopsError
+        If the place cannot be written, or another process is at work in it.
+    """
+    folder, text = place / ".decode.blocks", json.dumps(facts, indent=1)
+    with plain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # the system frees it however this process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SynmlopsError(
+                f"{place}: another process decodes into it; wait for that, or choose another place"
+            ) from error
+        file = folder / "job.json"
+        if not file.exists() or file.read_text() != text:
+            for old in folder.glob("*.npy"):
+                old.unlink()
+            with atomic_path(file) as partial:
+                partial.write_text(text)
+        try:
+            yield Spool(folder, lasts=True)
+        except Exception:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
