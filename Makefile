@@ -12,9 +12,10 @@ repro: install
 	dvc repro
 	@synmlops scores
 
-# threads that wait spin by default, and there are as many for each process as there are cores
+# threads that wait spin by default, and there are as many for each process as there are cores; three files at a
+# time keep two cores busy, since tests wait for servers and for processes that they killed
 test: install
-	OMP_WAIT_POLICY=passive pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 check: install
 	ruff format --check .

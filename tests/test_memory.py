@@ -68,6 +68,11 @@ def test_only_memory_counts_as_memory() -> None:
     with pytest.raises(RuntimeError, match="shape"):
         fits(lambda: torch.zeros(2).view(3))
     assert not is_out_of_memory(ValueError("out of memory"))
+    for doing in ("create", "execute"):
+        assert is_out_of_memory(RuntimeError(f"could not {doing} a primitive"))
+        assert not is_out_of_memory(
+            RuntimeError(f"could not {doing} a primitive descriptor for a convolution")
+        )
 
 
 @pytest.mark.parametrize(

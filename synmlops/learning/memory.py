@@ -8,9 +8,8 @@ import torch
 from synmlops.params import SynmlopsError
 
 _SIGNS = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "could not create a memory")
-_ONEDNN = (
-    "could not create a primitive"  # all of oneDNN's message; where something else is wrong it says more
-)
+_ONEDNN = ("could not create a primitive", "could not execute a primitive")
+"""All of oneDNN's messages where it gets no memory; where something else is wrong they say more."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -19,7 +18,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if not isinstance(error, RuntimeError):
         return False
-    return str(error) == _ONEDNN or any(sign in str(error) for sign in _SIGNS)
+    return str(error) in _ONEDNN or any(sign in str(error) for sign in _SIGNS)
 
 
 def fits(work: Callable[[], None]) -> bool:
