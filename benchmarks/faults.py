@@ -142,6 +142,9 @@ class Cluster:
         """Start anew whatever has died."""
         if self.scheduler.poll() is not None:
             self.scheduler = self._dask("scheduler", "--host", self.address)
+            for worker in self.workers:  # they notice late that theirs is gone
+                worker.kill()
+                worker.wait()
         self.workers = [one if one.poll() is None else self._worker() for one in self.workers]
         self._wait()
 
