@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from synmlops.volumes.importers.survey import Survey, draw_synapses, render
+from synmlops.params import SynmlopsError
+from synmlops.volumes.importers.survey import Survey, draw_synapses, name_of_outputs, render
 from synmlops.volumes.prepared import POST, PRE
 
 VOXEL_NM = (40.0, 8.0, 8.0)
@@ -79,3 +80,9 @@ def test_no_synapse_is_nothing_to_draw(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no synapse"):
         draw_synapses(tmp_path / "few.png", image=None, sides=None, points_zyx=[], voxel_nm=VOXEL_NM)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../a", ".."])
+def test_outputs_do_not_leave_their_folder(name: str) -> None:
+    with pytest.raises(SynmlopsError, match="must be a plain name"):
+        name_of_outputs("sample", name)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from synmlops.cli.common import three_numbers
-from synmlops.cli.exchange import importers
+from synmlops.cli.exchange import importers, show
 
 
 @importers.command()
@@ -24,7 +24,6 @@ def pytc(
     """Turn a PyTorch Connectomics config into params.yaml, and print what became of each key."""
     from rich.console import Console
 
-    from synmlops.volumes.importers import survey
     from synmlops.volumes.importers.pytc_config import import_config, render_table, write_params
     from synmlops.volumes.importers.pytc_survey import draw_first, survey_volumes
 
@@ -32,7 +31,8 @@ def pytc(
     console = Console()
     if dry_run:
         found = survey_volumes(imported.params.data)
-        console.print(render_table(imported), survey.render(found))
+        console.print(render_table(imported))
+        show(found)
         drawn = draw_first(imported.params.data, picture)
         typer.echo(f"nothing written{f' but {picture}' if drawn else ''}")
         return

@@ -15,6 +15,7 @@ from synmlops.learning.networks.pytc_unet import (
     ConvNorm,
     border_of,
     check_has,
+    encoded,
     ends_of,
     head_of,
     initialise,
@@ -58,11 +59,7 @@ class PlusUNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Map (n, 1, z, y, x) to (n, 3, z, y, x) logits; any size."""
-        x = self.stem(image)
-        skips: list[Tensor] = []
-        for level in self.downs:
-            x = level(x)
-            skips.append(x)
+        skips = encoded(image, self.stem, self.downs)
         x = self.non_local(skips.pop())
         lowest = pad(x, [1] * 6, mode=self.border)  # as the incumbent: its 1 x 1 x 1 convolutions are padded
         for level, feature in zip(reversed(self.ups), reversed(self.features), strict=True):

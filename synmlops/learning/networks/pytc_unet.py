@@ -78,15 +78,20 @@ class PytcUNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Map (n, 1, z, y, x) to (n, 3, z, y, x) logits; any size."""
-        x = self.stem(image)
-        skips: list[Tensor] = []
-        for level in self.downs:
-            x = level(x)
-            skips.append(x)
+        skips = encoded(image, self.stem, self.downs)
         x = skips.pop()
         for level in reversed(self.ups):
             x = level(x, skips.pop())
         return self.head(x)  # type: ignore[no-any-return]
+
+
+def encoded(image: Tensor, stem: nn.Module, downs: nn.ModuleList) -> list[Tensor]:
+    """Give what each level of the encoder makes of an image, the finest first."""
+    x, levels = stem(image), []
+    for level in downs:
+        x = level(x)
+        levels.append(x)
+    return levels
 
 
 def border_of(params: NetworkParams) -> Border:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from synmlops.params import SynmlopsError
 from synmlops.volumes.cremi import RAW
 from synmlops.volumes.importers.cremi import CremiLabels, label_cremi, write_labels
-from synmlops.volumes.importers.survey import Survey, draw_synapses
+from synmlops.volumes.importers.survey import Survey, draw_synapses, name_of_outputs
 from synmlops.volumes.store import open_volume
 from synmlops.volumes.table import points_nm
 
@@ -26,17 +25,8 @@ class CremiOptions:
 
 
 def name_of(source: Path, name: str | None) -> str:
-    """Give the name of the outputs: that of the source unless another is asked for.
-
-    Raises
-    ------
-    SynmlopsError
-        If the name is no file name.
-    """
-    chosen = source.stem if name is None else name
-    if not chosen or Path(chosen).name != chosen:
-        raise SynmlopsError(f"--name {chosen}: must be a plain name, such as sample_a")
-    return chosen
+    """Give the name of the outputs; see `name_of_outputs`."""
+    return name_of_outputs(source.stem, name)
 
 
 def survey_cremi(source: Path, options: CremiOptions, picture: Path) -> Survey:

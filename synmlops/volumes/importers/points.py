@@ -24,7 +24,7 @@ from synmlops.volumes.importers.point_pairs import (
     first_of_each,
     opened_for,
 )
-from synmlops.volumes.importers.survey import Survey, draw_synapses
+from synmlops.volumes.importers.survey import Survey, draw_synapses, name_of_outputs
 from synmlops.volumes.sections import Region
 from synmlops.volumes.store import Grid
 from synmlops.volumes.table import COLUMNS, write_table
@@ -130,8 +130,8 @@ def survey_points(source: PointSource, picture: Path | None) -> Survey:
 
 
 def stem_of(source: PointSource, name: str | None) -> str:
-    """Give what the files are called: the name, else the table's without suffixes."""
-    return name or source.table.name.partition(".")[0]
+    """Give what the files are called: the name, else the table's without suffixes; see `name_of_outputs`."""
+    return name_of_outputs(source.table.name.partition(".")[0], name)
 
 
 def one_of(option: str, value: str, allowed: tuple[T, ...]) -> T:

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from synmlops.params import SynmlopsError
 from synmlops.volumes.files import atomic_path
 from synmlops.volumes.tint import COLOURS, tinted
 
@@ -31,6 +32,25 @@ class Survey:
     title: str
     rows: tuple[tuple[str, str], ...]  # what, and its value
     odd: tuple[str, ...] = ()  # sentences: what a user should look at before going on
+
+
+def name_of_outputs(default: str, given: str | None) -> str:
+    """Give the name of what an import writes: that of its source unless another is asked for.
+
+    Raises
+    ------
+    SynmlopsError
+        If the name is no plain one.
+
+    Examples
+    --------
+    >>> name_of_outputs("sample", None), name_of_outputs("sample", "a")
+    ('sample', 'a')
+    """
+    chosen = default if given is None else given
+    if chosen in ("", "..") or Path(chosen).name != chosen:
+        raise SynmlopsError(f"--name {chosen}: must be a plain name, such as sample_a")
+    return chosen
 
 
 def render(survey: Survey) -> RenderableType:
