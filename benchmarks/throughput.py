@@ -74,13 +74,14 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, default=Path("polarity.safetensors"))
     parser.add_argument("--steps", type=int, default=400, help="Of the training, if the model is not there.")
+    parser.add_argument("--batch-size", type=int, default=2, help="Of the training: patches.")
     parser.add_argument("--ours", nargs="+", default=OURS, help="Windows z,y,x:overlap of our side.")
     parser.add_argument("--alone", action="store_true", help="Leave MONAI out.")
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--seed", type=int, default=101, help="Of the phantom that is predicted.")
     args = parser.parse_args()
     if not args.model.exists():
-        train(args.model, args.steps)
+        train(args.model, args.steps, args.batch_size)
     phantom = PhantomParams(size_zyx=SHAPE).model_dump(
         exclude={"train_seeds", "validation_seeds", "test_seeds"}
     )
@@ -147,12 +148,12 @@ def plain_network(model: Model) -> torch.nn.Module:
     return plain.eval()
 
 
-def train(path: Path, steps: int) -> None:
+def train(path: Path, steps: int, batch_size: int) -> None:
     """Train the polarity network on the phantoms of params.yaml."""
     base = load_params(PARAMS)
     with tempfile.TemporaryDirectory() as folder:
         manifest, _ = run_prepare(base.data, out=Path(folder) / "prepared")
-        recipe = _recipe(base, steps)
+        recipe = _recipe(base, steps, batch_size)
         regions = train_regions(manifest.folds[0], manifest, patch_zyx=recipe.sampling.patch_zyx)
         meta = ModelMeta(
             network=NETWORK,
@@ -174,11 +175,11 @@ def train(path: Path, steps: int) -> None:
     save_model(path, fitted.last, meta)
 
 
-def _recipe(base: Params, steps: int) -> Recipe:
+def _recipe(base: Params, steps: int, batch_size: int) -> Recipe:
     tree = base.model_dump()
     tree["network"] = NETWORK.model_dump()
     tree["infer"]["window_zyx"] = tree["train"]["validation"]["window_zyx"] = WINDOW
-    tree["sampling"] |= {"patch_zyx": (8, 128, 128), "batch_size": 2}
+    tree["sampling"] |= {"patch_zyx": (8, 128, 128), "batch_size": batch_size}
     tree["train"] |= {"steps": steps, "learning_rate": 0.002, "warmup_steps": steps // 10}
     tree["train"] |= {"validate_every": steps, "checkpoint_every": steps}
     return Recipe.of(Params.model_validate(tree))

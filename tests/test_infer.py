@@ -161,7 +161,7 @@ def test_work_that_was_ended_goes_on(case: Case, tmp_path: Path, monkeypatch: py
     from synmlops.learning.predict import Predictor
 
     calls: list[Box] = []
-    compute = Predictor.__call__
+    compute = Predictor.begin
 
     def dies(self: Predictor, image: Any, box: Box, **more: Any) -> Any:
         calls.append(box)
@@ -169,7 +169,7 @@ def test_work_that_was_ended_goes_on(case: Case, tmp_path: Path, monkeypatch: py
             raise KeyboardInterrupt
         return compute(self, image, box, **more)
 
-    monkeypatch.setattr(Predictor, "__call__", dies)
+    monkeypatch.setattr(Predictor, "begin", dies)
     with pytest.raises(KeyboardInterrupt):
         infer(case, tmp_path)
     assert not (tmp_path / "em.h5").exists()

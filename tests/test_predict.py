@@ -10,7 +10,8 @@ from synmlops.blockwise.grid import BlockGrid
 from synmlops.learning import predict as predict_module
 from synmlops.learning.checkpoint import Model, ModelMeta
 from synmlops.learning.networks.registry import build_network
-from synmlops.learning.predict import Predictor, autocast, predict, predict_array
+from synmlops.learning.precision import autocast
+from synmlops.learning.predict import Predictor, predict, predict_array
 from synmlops.params import CHANNELS, InferParams, NetworkParams, SynmlopsError
 from synmlops.volumes.prepared import Box
 

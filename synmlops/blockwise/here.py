@@ -1,5 +1,6 @@
-"""The engine of one process: the next block is read while one is computed and the last one is written."""
+"""The engine of one process: the next block is read while one is computed and the last two are written."""
 
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -8,6 +9,9 @@ from synmlops.blockwise.grid import Block
 from synmlops.blockwise.job import Job, Place, Tell, Worker
 from synmlops.blockwise.marks import Marks
 from synmlops.params import SynmlopsError
+
+WRITERS = 2
+"""Blocks that are written at a time: one is packed while the other waits for the disk."""
 
 
 def run_here(job: Job, indices: Iterable[int], *, tell: Tell) -> None:
@@ -47,20 +51,20 @@ def work(job: Job, indices: Iterable[int], *, worker: Worker, tell: Tell) -> Non
         marks.add(block.index)
         tell(block.index, None)
 
-    reader, writer = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(1, "write")
+    reader, writer = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(WRITERS, "write")
     with Marks(job.marks) as marks:
         try:
-            behind: Future[None] | None = None
+            behind: deque[Future[None]] = deque()
             ahead = reader.submit(read_next)
             while (item := ahead.result()) is not None:
                 ahead = reader.submit(read_next)
                 result = worker.compute(*item)
-                if behind is not None:
-                    behind.result()  # so that no more than one result waits to be written
-                behind = writer.submit(finish, item[0], result)
+                if len(behind) == WRITERS:  # no result waits for a writer but the last
+                    behind.popleft().result()
+                behind.append(writer.submit(finish, item[0], result))
                 del item, result
-            if behind is not None:
-                behind.result()
+            for last in behind:
+                last.result()
         finally:  # not to wait for a reader that waits for more to do
             writer.shutdown(cancel_futures=True)
             reader.shutdown(wait=False, cancel_futures=True)

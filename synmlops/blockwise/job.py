@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 from synmlops.blockwise.grid import Block, BlockGrid
@@ -94,20 +95,22 @@ class Outcome:
     failed: dict[int, str] = field(default_factory=dict)
     report: Callable[[int], None] = lambda blocks: None  # is called with the blocks that have ended so far
     _in_a_row: int = 0
+    _telling: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     def tell(self, index: int, reason: str | None) -> None:
-        """Count a block.
+        """Count a block, from any thread.
 
         Raises
         ------
         SynmlopsError
             If it is the last of very many in a row that failed.
         """
-        if reason is None:
-            self.done, self._in_a_row = self.done + 1, 0
-        else:
-            self.failed[index], self._in_a_row = reason, self._in_a_row + 1
-        self.report(self.done + len(self.failed))
+        with self._telling:
+            if reason is None:
+                self.done, self._in_a_row = self.done + 1, 0
+            else:
+                self.failed[index], self._in_a_row = reason, self._in_a_row + 1
+            self.report(self.done + len(self.failed))
         if self._in_a_row >= MOST_FAILED_IN_A_ROW:
             raise SynmlopsError(
                 f"{self._in_a_row} blocks in a row failed; the last one: {reason}. Start again when that is "

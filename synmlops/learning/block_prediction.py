@@ -15,8 +15,9 @@ from synmlops.blockwise.job import Place, Worker
 from synmlops.learning.allocator import keep_freed_memory
 from synmlops.learning.checkpoint import load_model
 from synmlops.learning.distributed import device_of
-from synmlops.learning.predict import Image, Predictor
-from synmlops.params import InferParams
+from synmlops.learning.memory import is_out_of_memory
+from synmlops.learning.predict import Image, Pending, Predictor
+from synmlops.params import InferParams, SynmlopsError
 from synmlops.volumes.block_output import BlockOutput, open_output
 from synmlops.volumes.prepared import Box
 from synmlops.volumes.resampled import Resampled
@@ -126,13 +127,23 @@ class _Worker:
             return None
         return _Read(np.asarray(self.image[self.predictor.to_read(block.write).slices]), mask)
 
-    def compute(self, block: Block, data: _Read | None) -> NDArray[np.uint8] | None:
-        return None if data is None else self.predictor(data.image, block.write, mask=data.mask)
+    def compute(self, block: Block, data: _Read | None) -> Pending | None:
+        if data is None:
+            return None
+        try:
+            return self.predictor.begin(data.image, block.write, mask=data.mask)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise SynmlopsError(
+                "infer ran out of memory; lower infer.batch_size, infer.window_zyx or --block-zyx"
+            ) from error
 
-    def write(self, block: Block, result: NDArray[np.uint8] | None) -> None:
-        if result is not None and result.any():  # the output is zero to begin with
+    def write(self, block: Block, result: Pending | None) -> None:
+        levels = None if result is None else result.result()
+        if levels is not None and levels.any():  # the output is zero to begin with
             start = self.predictor.region.start_zyx
-            self.out.write(block.write.moved(-at for at in start), result)
+            self.out.write(block.write.moved(-at for at in start), levels)
 
 
 class Mask:

@@ -1,7 +1,7 @@
 """A network over a volume of any size: window by window, out as uint8 probabilities."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from math import lcm, prod
 from typing import Any, Protocol
 
@@ -11,12 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from synmlops.learning.checkpoint import Model
+from synmlops.learning.memory import fits
+from synmlops.learning.networks.registry import NETWORKS
+from synmlops.learning.replay import Replay
 from synmlops.learning.sheets import BlendedSheet, Sheet
 from synmlops.learning.views import views_of
 from synmlops.learning.windows import blend_weights, strides_over, windows_over
-from synmlops.params import CHANNELS, InferParams, Precision, SynmlopsError
+from synmlops.params import CHANNELS, InferParams, SynmlopsError
 from synmlops.volumes.prepared import Box
 
+GPU_BATCH_VOXELS = 2**22
+"""Voxels of a batch of windows that fill a GPU."""
 SLAB_VOXELS = 2**24
 """Voxels that `predict` computes at a time, if a layer of windows has no more."""
 
@@ -30,6 +35,40 @@ class Image(Protocol):
 
     def __getitem__(self, index: Any, /) -> Any:
         """Read a region."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What a device may still be computing.
+
+    Attributes
+    ----------
+    levels : (c, z, y, x) tensor of uint8
+    mask : (z, y, x) array of bool, or None
+    ready : torch.cuda.Event or None
+        When it is computed; None if it is.
+    """
+
+    levels: Tensor
+    mask: NDArray[np.bool_] | None
+    ready: torch.cuda.Event | None
+
+    def result(self) -> NDArray[np.uint8]:
+        """Wait for it; another thread may start further work meanwhile, which it does not wait for."""
+        levels = self.levels
+        if self.ready is not None:
+            levels = torch.empty_like(levels, device="cpu", pin_memory=True)
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            beside = torch.cuda.Stream(self.levels.device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(beside):
+                self.ready.wait()
+                levels.copy_(self.levels, non_blocking=True)
+                done.record()
+            done.synchronize()
+        out: NDArray[np.uint8] = levels.numpy()
+        if self.mask is not None:
+            out *= self.mask
+        return out
 
 
 class Predictor:
@@ -77,6 +116,10 @@ class Predictor:
         self.channels = _common_channels(models)
         self.region = Box((0, 0, 0), _three(shape_zyx)) if region is None else region
         self._models, self._params, self._grey = models, params, grey
+        self._networks = [
+            Replay(model.network, params.precision, record=model.meta.network.name in NETWORKS)
+            for model in models
+        ]
         self._shape = _three(shape_zyx)
         self._device = next(models[0].network.parameters()).device
         self._kept = [CHANNELS.index(name) for name in self.channels]
@@ -95,6 +138,7 @@ class Predictor:
             self._weights = torch.from_numpy(blend_weights(size_zyx, params.blend)).to(self._device)
         self.cell_zyx = _three([axis.cell for axis in self._axes])
         self._views = views_of(params.views)
+        self._batch = self._first_batch()
 
     def to_read(self, box: Box) -> Box:
         """Give the part of the volume that the windows of a box see."""
@@ -136,20 +180,73 @@ class Predictor:
             Of `channels`, x 255, rounded, or cut off where windows are blended. A cell, or a blended window,
             of one grey level alone is no tissue: 0.
         """
+        return self.begin(image, box, mask=mask, progress=progress).result()
+
+    def begin(
+        self,
+        image: NDArray[Any],
+        box: Box,
+        *,
+        mask: NDArray[np.bool_] | None = None,
+        progress: Callable[[int], None] = lambda windows: None,
+    ) -> Pending:
+        """Predict a box as a call does, without waiting for a GPU to end.
+
+        Where the batch is for this to choose, it becomes smaller until it fits in memory.
+        """
         read = self.to_read(box)
         if image.shape != read.shape_zyx:
             raise ValueError(f"image {image.shape} must be of {read.shape_zyx}, the shape of {read}")
-        sheet = self._sheet(box, read, image, mask)
+        begun: list[Pending] = []
+        told = 0
+
+        def tell(windows: int) -> None:
+            nonlocal told
+            told += windows
+            progress(windows)
+
+        def work() -> None:
+            begun.append(self._begun(box, self._sheet(box, read, image, mask), tell))
+
+        while self._params.batch_size == "auto" and self._batch > 1:
+            if fits(work):
+                return begun[0]
+            for network in self._networks:
+                network.forget()
+            self._batch //= 2
+            progress(-told)
+            told = 0
+        work()
+        return begun[0]
+
+    def _begun(self, box: Box, sheet: Sheet, progress: Callable[[int], None]) -> Pending:
         windows = list(sheet.windows())
         if left_out := self.count(box) - len(windows):
             progress(left_out)
-        for first in range(0, len(windows), self._params.batch_size):
-            batch = windows[first : first + self._params.batch_size]
-            probabilities = self._probabilities(torch.stack([sheet.see(window) for window in batch]))
-            for window, probability in zip(batch, probabilities, strict=True):
-                sheet.add(window, probability)
+        for first in range(0, len(windows), self._batch):
+            batch = windows[first : first + self._batch]
+            seen = [sheet.see(window) for window in batch]
+            if self._device.type == "cuda":  # one shape for all batches: one recording
+                seen += seen[-1:] * (self._batch - len(batch))
+            said = sheet.said(self._probabilities(torch.stack(seen)))
+            for window, one in zip(batch, said[: len(batch)], strict=True):
+                sheet.add(window, one)
             progress(len(batch))
-        return sheet.finish()
+        ready = None
+        levels = sheet.levels()
+        if self._device.type == "cuda":
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+        return Pending(levels, sheet.mask, ready)
+
+    def _first_batch(self) -> int:
+        """How many windows a device is given at a time."""
+        if self._params.batch_size != "auto":
+            return self._params.batch_size
+        if self._device.type != "cuda":
+            return 1
+        voxels, windows = prod(axis.size for axis in self._axes), prod(len(axis) for axis in self._axes)
+        return min(windows, max(1, GPU_BATCH_VOXELS // voxels))
 
     def _sheet(self, box: Box, read: Box, image: NDArray[Any], mask: NDArray[np.bool_] | None) -> Sheet:
         n, device = len(self._kept), self._device
@@ -163,12 +260,11 @@ class Predictor:
     def _probabilities(self, windows: Tensor) -> Tensor:
         """Merge what models and views say of (n, z, y, x) grey levels: (n, c, z, y, x)."""
         merge, merged = _MERGE[self._params.merge], None
-        for model in self._models:
+        for model, network in zip(self._models, self._networks, strict=True):
             mean, std = self._grey or (model.meta.mean, model.meta.std)
             normal = (windows.float() - mean) / std
             for view in self._views:
-                with autocast(windows.device, self._params.precision):
-                    logits = model.network(view.turn(normal)[:, None])
+                logits = network(view.turn(normal)[:, None])
                 seen = view.turn_back(logits[:, self._kept].float().sigmoid_())
                 merged = seen if merged is None else merge(merged, seen)
         assert merged is not None
@@ -227,19 +323,6 @@ def predict_array(
 ) -> NDArray[np.uint8]:
     """Predict a volume that fits in memory: (z, y, x) in, (c, z, y, x) uint8 out."""
     return np.concatenate([slab for _, slab in predict(models, image, params=params)], axis=1)
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Give the autocast context for a precision; "auto" is bf16 where the device computes in it natively."""
-    wanted = has_native_bf16(device) if precision == "auto" else precision == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
-
-
-def has_native_bf16(device: torch.device) -> bool:
-    """Whether bf16 arithmetic is faster than float32 on this device, not emulated."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 _MERGE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -41,7 +41,8 @@ class Sheet:
         n_channels: int,
         device: torch.device,
     ) -> None:
-        self._axes, self._box, self._read, self._mask, self._device = axes, box, read, mask, device
+        self._axes, self._box, self._read, self._device = axes, box, read, device
+        self.mask = mask
         self._image = image
         self._on_device = _to_device(_padded(image, axes), device)
         self._fades = any(axis.fade for axis in axes)
@@ -55,7 +56,7 @@ class Sheet:
             for axis, low, high in zip(self._axes, self._box.start_zyx, self._box.stop_zyx, strict=True)
         )
         for window in product(z, y, x):
-            wanted = self._mask is None or self._mask[self._part(window)[0][1:]].any()
+            wanted = self.mask is None or self.mask[self._part(window)[0][1:]].any()
             if not wanted:
                 continue
             if _is_blank(self._image[self._support(window)]):
@@ -72,13 +73,17 @@ class Sheet:
         z, y, x = (slice(at, at + axis.size) for at, axis in zip(starts, self._axes, strict=True))
         return self._on_device[z, y, x]
 
-    def add(self, window: tuple[int, int, int], probability: Tensor) -> None:
+    def said(self, probabilities: Tensor) -> Tensor:
+        """Turn (n, c, z, y, x) probabilities of windows into what `add` takes of each."""
+        return probabilities if self._fades else _grey_levels(probabilities)
+
+    def add(self, window: tuple[int, int, int], said: Tensor) -> None:
         """Take in what a window says of the voxels in which it has a say."""
         here, there = self._part(window)
         if not self._fades:
-            self._sum[here] = _grey_levels(probability[there])
+            self._sum[here] = said[there]
             return
-        said = probability[there]
+        said = said[there]
         for dim, (axis, i, part) in enumerate(zip(self._axes, window, here[1:], strict=True)):
             low = axis.support(i)[0]
             first = part.start + self._box.start_zyx[dim] - low
@@ -86,14 +91,8 @@ class Sheet:
             said = said * say.to(self._device).reshape([-1 if d == dim else 1 for d in range(3)])
         self._sum[here] += said
 
-    def finish(self) -> NDArray[np.uint8]:
-        """Give the probabilities."""
-        out: NDArray[np.uint8] = self._levels().cpu().numpy()
-        if self._mask is not None:
-            out *= self._mask
-        return out
-
-    def _levels(self) -> Tensor:
+    def levels(self) -> Tensor:
+        """Give the probabilities as grey levels, on the device; the mask is left to the caller."""
         return _grey_levels(self._sum) if self._fades else self._sum
 
     def _leave_out(self, window: tuple[int, int, int]) -> None:
@@ -137,10 +136,14 @@ class BlendedSheet(Sheet):
         self._sum = self._sum.float()
         self._weight = torch.zeros_like(self._sum[0])
 
-    def add(self, window: tuple[int, int, int], probability: Tensor) -> None:
+    def said(self, probabilities: Tensor) -> Tensor:
+        """Leave probabilities as they are."""
+        return probabilities
+
+    def add(self, window: tuple[int, int, int], said: Tensor) -> None:
         """Take in what a window says."""
         here, there = self._part(window)
-        self._sum[here] += probability[there] * self._weights[there[1:]]
+        self._sum[here] += said[there] * self._weights[there[1:]]
         self._weight[here[1:]] += self._weights[there[1:]]
 
     def _leave_out(self, window: tuple[int, int, int]) -> None:
@@ -148,7 +151,8 @@ class BlendedSheet(Sheet):
         here, there = self._part(window)
         self._weight[here[1:]] += self._weights[there[1:]]
 
-    def _levels(self) -> Tensor:
+    def levels(self) -> Tensor:
+        """Give the weighted means."""
         mean = self._sum.div_(self._weight.clamp_(min=1e-6))  # 0 where no window was wanted
         return mean.mul_(SCALE).clamp_(0, SCALE).to(torch.uint8)
 

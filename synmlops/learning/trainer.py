@@ -20,7 +20,7 @@ from synmlops.learning.losses import LossTerms, Totals, compute_loss
 from synmlops.learning.memory import Demand, fits, largest_batch, out_of_memory
 from synmlops.learning.networks.registry import build_network
 from synmlops.learning.optim import build_optimizer, learning_rate_at
-from synmlops.learning.predict import autocast
+from synmlops.learning.precision import autocast
 from synmlops.learning.states import States
 from synmlops.learning.targets import targets_of
 from synmlops.params import (

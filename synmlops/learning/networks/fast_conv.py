@@ -11,6 +11,7 @@ from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from synmlops.learning.networks import gpu
 from synmlops.learning.networks.kernels import LANE, kernels, panel_width
 
 Sizes = tuple[int, int, int]
@@ -54,24 +55,24 @@ class Conv3d(nn.Conv3d):
             flat = functional.linear(input.permute(0, 2, 3, 4, 1), self.weight.flatten(1), self.bias)
             return flat.permute(0, 4, 1, 2, 3)
         if not self._is_native(input):
-            is_flat = self.kernel_size[0] == self.stride[0] == 1
-            return self._in_planes(input) if is_flat else super().forward(input)
+            return self._in_torch(input)
         form = _Form(self.kernel_size, self.stride, clamp=self.padding_mode == "replicate")  # type: ignore[arg-type]
         result: Tensor = _Convolution.apply(input, self.weight, self.bias, form)  # type: ignore[no-untyped-call]
         return result
 
-    def _in_planes(self, image: Tensor) -> Tensor:
-        """Convolve in two dimensions, the sections being samples: a view in channels-last order.
-
-        cuDNN has faster kernels for that, and compilers fuse its padding.
-        """
-        n, channels, depth, *_ = image.shape
-        planes = image.transpose(1, 2).reshape(n * depth, channels, *image.shape[3:])
-        _, y, x = (size // 2 for size in self.kernel_size)
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        padded = functional.pad(planes, (x, x, y, y), mode=mode)
-        result: Tensor = functional.conv2d(padded, self.weight[:, :, 0], self.bias, self.stride[1:])
-        return result.reshape(n, depth, *result.shape[1:]).transpose(1, 2)
+    def _in_torch(self, image: Tensor) -> Tensor:
+        if self.padding_mode == "replicate" and any(self.padding) and gpu.takes(image):
+            padded: Tensor = _Padded.apply(image, self.padding)  # type: ignore[no-untyped-call]
+            return convolve(padded, self.weight, self.bias, self.stride)
+        if self.padding_mode == "zeros":
+            return convolve(image, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
+        if self.kernel_size[0] == self.stride[0] == 1:
+            _, y, x = (size // 2 for size in self.kernel_size)
+            padded = functional.pad(_planes(image), (x, x, y, y), mode=self.padding_mode)
+            return _volume(
+                functional.conv2d(padded, self.weight.squeeze(2), self.bias, self.stride[1:]), len(image)
+            )
+        return super().forward(image)
 
     def _is_native(self, image: Tensor) -> bool:
         return (
@@ -82,6 +83,58 @@ class Conv3d(nn.Conv3d):
             and not torch.compiler.is_compiling()
             and kernels().library is not None
         )
+
+
+def convolve(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int] = (0, 0, 0),
+    groups: int = 1,
+) -> Tensor:
+    """Convolve (n, c, z, y, x) as torch does, in two dimensions where sections do not mix.
+
+    Sections are samples then: a view in channels-last order. cuDNN has faster kernels for that.
+    """
+    if weight.shape[2] == stride[0] == 1:
+        flat = functional.conv2d(_planes(image), weight.squeeze(2), bias, stride[1:], padding[1:], 1, groups)
+        return _volume(flat, len(image))
+    return functional.conv3d(image, weight, bias, stride, padding, 1, groups)
+
+
+class _Padded(torch.autograd.Function):
+    """An image with its outermost voxels repeated, on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, widths_zyx: Sizes) -> Tensor:
+        ctx.widths = widths_zyx
+        return gpu.pad_replicate(image, widths_zyx)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Add what reaches a repeated voxel to what reaches the voxel itself."""
+        for axis, width in zip((2, 3, 4), ctx.widths, strict=True):
+            if not width:
+                continue
+            inner = grad.shape[axis] - 2 * width
+            low, middle, high = torch.split(grad, [width, inner, width], axis)
+            grad = middle.clone()
+            grad.narrow(axis, 0, 1).add_(low.sum(axis, keepdim=True))
+            grad.narrow(axis, inner - 1, 1).add_(high.sum(axis, keepdim=True))
+        return grad, None
+
+
+def _planes(image: Tensor) -> Tensor:
+    """Give sections as samples: (n, c, z, y, x) to (n * z, c, y, x)."""
+    n, channels, depth, *plane = image.shape
+    return image.transpose(1, 2).reshape(n * depth, channels, *plane)
+
+
+def _volume(planes: Tensor, n: int) -> Tensor:
+    """Undo `_planes` for n samples."""
+    return planes.reshape(n, -1, *planes.shape[1:]).transpose(1, 2)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from synmlops.learning.networks import gpu
 from synmlops.learning.networks.fast_conv import dense
 from synmlops.learning.networks.kernels import LANE, kernels
 
@@ -74,7 +75,7 @@ def normalise(
     ----------
     x : (n, c, z, y, x) tensor
     norm : nn.Module
-        Group, batch or instance norm run in the kernels on a CPU; any other as it is.
+        Group, batch or instance norm run in the kernels; any other as it is.
     activation : {"none", "relu", "leaky_relu", "elu", "gelu", "silu"}
     other : (n, c, z, y, x) tensor, optional
         A shortcut.
@@ -107,11 +108,12 @@ def normalise(
 
 
 def _is_native(x: Tensor, norm: nn.Module) -> bool:
-    return (
+    if not isinstance(norm, _NORMS):
+        return False
+    return gpu.takes(x) or (
         x.device.type == "cpu"
         and x.dtype != torch.float64
         and x.shape[1] % LANE == 0
-        and isinstance(norm, _NORMS)
         and not torch.compiler.is_compiling()
         and kernels().library is not None
     )
@@ -150,23 +152,64 @@ def _of_batch(norm: nn.BatchNorm3d, sums: Tensor, voxels: int) -> tuple[Tensor, 
     return mean.expand(shape), variance.expand(shape)
 
 
+class _OnCpu:
+    """What `gpu` has, in kernels.cpp; float32."""
+
+    @staticmethod
+    def dense(x: Tensor) -> Tensor:
+        return dense(x)
+
+    @staticmethod
+    def moments(x: Tensor) -> Tensor:
+        sums = torch.empty(len(x), 2, x.shape[1], dtype=torch.float64)
+        kernels().call("moments", x, sums, *_form(x))
+        return sums
+
+    @staticmethod
+    def scale_shift(x: Tensor, other: Tensor | None, scale: Tensor, shift: Tensor, kind: int) -> Tensor:
+        y = torch.empty_like(x)
+        kernels().call("scale_shift", x, other, scale, shift, y, *_form(x), kind)
+        return y
+
+    @staticmethod
+    def scale_shift_sums(
+        grad: Tensor, y: Tensor, x: Tensor, kind: int, *, keep: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        before = torch.empty_like(x) if keep else None
+        sums = torch.empty(len(x), 2, x.shape[1], dtype=torch.float64)
+        kernels().call("scale_shift_sums", grad, y, x, before, sums, *_form(x), kind)
+        return before, sums
+
+    @staticmethod
+    def scale_shift_gradient(
+        grad: Tensor, y: Tensor | None, x: Tensor, scale: Tensor, constant: Tensor, slope: Tensor, kind: int
+    ) -> Tensor:
+        of_x = torch.empty_like(x)
+        kernels().call("scale_shift_gradient", grad, y, x, scale, constant, slope, of_x, *_form(x), kind)
+        return of_x
+
+
+def _form(x: Tensor) -> tuple[int, int, int]:
+    """Samples, voxels and channels, as the kernels want them."""
+    return len(x), x.shape[2:].numel(), x.shape[1]
+
+
 class _ScaleShift(torch.autograd.Function):
     @staticmethod
     @custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
     def forward(
         ctx: Any, x: Tensor, other: Tensor | None, coefficients: Coefficients, kind: str, *params: Tensor
     ) -> Tensor:
-        x, other = dense(x), None if other is None else dense(other)
-        form = (len(x), x.shape[2:].numel(), x.shape[1])
-        sums = torch.empty(form[0], 2, form[2], dtype=torch.float64)
-        kernels().call("moments", x, sums, *form)
-        with torch.enable_grad():
+        on: Any = gpu if gpu.takes(x) else _OnCpu
+        ctx.dtypes = x.dtype, None if other is None else other.dtype
+        x, other = on.dense(x), None if other is None else on.dense(other)
+        sums = on.moments(x)
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             sums.requires_grad_(any(ctx.needs_input_grad))
             scale, shift = coefficients(sums)
-        y = torch.empty_like(x)
-        kernels().call("scale_shift", x, other, scale, shift, y, *form, _KINDS[kind])
+        y: Tensor = on.scale_shift(x, other, scale, shift, _KINDS[kind])
         ctx.save_for_backward(x, y)
-        ctx.graph, ctx.kind, ctx.form = (sums, params, scale, shift), kind, form
+        ctx.on, ctx.graph, ctx.kind = on, (sums, params, scale, shift), _KINDS[kind]
         return y
 
     @staticmethod
@@ -174,10 +217,8 @@ class _ScaleShift(torch.autograd.Function):
     @custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, y = ctx.saved_tensors
-        grad, kind, form = dense(grad), _KINDS[ctx.kind], ctx.form
-        before = torch.empty_like(x) if ctx.needs_input_grad[1] else None
-        totals = torch.empty(form[0], 2, form[2], dtype=torch.float64)
-        kernels().call("scale_shift_sums", grad, y, x, before, totals, *form, kind)
+        grad, kind, on = ctx.on.dense(grad), ctx.kind, ctx.on
+        before, totals = on.scale_shift_sums(grad, y, x, kind, keep=ctx.needs_input_grad[1])
         sums, params, scale, shift = ctx.graph
         ctx.graph = None
         of_shift, of_scale = totals.float().unbind(1)
@@ -186,9 +227,7 @@ class _ScaleShift(torch.autograd.Function):
         )
         of_sums = torch.zeros_like(sums) if of_sums is None else of_sums
         constant, slope = of_sums[:, 0].float().contiguous(), (2 * of_sums[:, 1]).float().contiguous()
-        dx = torch.empty_like(x)
-        through, source = (None, before) if before is not None else (y, grad)
-        kernels().call(
-            "scale_shift_gradient", source, through, x, scale.detach(), constant, slope, dx, *form, kind
-        )
-        return dx, before, None, None, *of_params
+        source, through = (grad, y) if before is None else (before, None)
+        dx = on.scale_shift_gradient(source, through, x, scale.detach(), constant, slope, kind)
+        of_x, of_other = ctx.dtypes
+        return dx.to(of_x), before if before is None else before.to(of_other), None, None, *of_params

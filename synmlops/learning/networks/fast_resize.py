@@ -1,5 +1,6 @@
-"""Trilinear upsampling, summed with what it is added to; with aligned corners in the same pass on a CPU."""
+"""Trilinear upsampling, summed with what it is added to in the same pass where there are kernels for it."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from synmlops.learning.networks import gpu
 from synmlops.learning.networks.fast_conv import dense
 from synmlops.learning.networks.kernels import LANE, kernels
 
@@ -29,6 +31,9 @@ def upsample_add(base: Tensor, *lows: Tensor, aligned: bool = True) -> Tensor:
     >>> upsample_add(torch.ones(1, 1, 1, 1, 5), low).flatten()
     tensor([1., 2., 3., 4., 5.])
     """
+    if len(lows) in (1, 2) and gpu.takes(base):
+        on_gpu: Tensor = _OnGpu.apply(aligned, base, *lows)  # type: ignore[no-untyped-call]
+        return on_gpu
     on_cpu = base.device.type == "cpu" and base.dtype != torch.float64
     fits = on_cpu and aligned and base.shape[1] % LANE == 0
     if fits and not torch.compiler.is_compiling() and kernels().library is not None:
@@ -38,6 +43,48 @@ def upsample_add(base: Tensor, *lows: Tensor, aligned: bool = True) -> Tensor:
     for low in lows:
         base = base + functional.interpolate(low, base.shape[2:], mode="trilinear", align_corners=aligned)
     return base
+
+
+class _OnGpu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, aligned: bool, base: Tensor, *lows: Tensor) -> Tensor:
+        ctx.aligned, ctx.sizes = aligned, [low.shape[2:] for low in lows]
+        ctx.dtypes = [tensor.dtype for tensor in (base, *lows)]
+        return gpu.upsample_add(base, lows, aligned=aligned)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_base, *of_lows = ctx.dtypes
+        return (
+            None,
+            grad.to(of_base),
+            *(
+                _gathered(grad, size, aligned=ctx.aligned).to(dtype)
+                for size, dtype in zip(ctx.sizes, of_lows, strict=True)
+            ),
+        )
+
+
+def _gathered(grad: Tensor, size: torch.Size, *, aligned: bool) -> Tensor:
+    """Give the gradient of what was interpolated: axis by axis a product with the weights, x first."""
+    n, channels, depth, height, length = grad.shape
+    z, y, x = size
+    along_z, along_y, along_x = (
+        _weights(low, high, aligned, grad.device, grad.dtype)
+        for low, high in zip(size, (depth, height, length), strict=True)
+    )
+    flat = gpu.dense(grad).permute(0, 2, 3, 4, 1).reshape(n * depth * height, length, channels)
+    flat = (along_x.T @ flat).reshape(n * depth, height, x * channels)
+    flat = (along_y.T @ flat).reshape(n, depth, y * x * channels)
+    return (along_z.T @ flat).reshape(n, z, y, x, channels).permute(0, 4, 1, 2, 3)
+
+
+@functools.lru_cache(64)
+def _weights(low: int, high: int, aligned: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Give the share of each of `low` voxels in each of the `high` that are interpolated: (high, low)."""
+    unit = torch.eye(low)[None]
+    return functional.interpolate(unit, high, mode="linear", align_corners=aligned)[0].T.to(device, dtype)
 
 
 def _along_z(low: Tensor, depth: int) -> Tensor:

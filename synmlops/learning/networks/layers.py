@@ -57,9 +57,10 @@ class ResidualBlock(nn.Module):
 
 
 class Conv3d(nn.Conv3d):
-    """A convolution that a CPU computes with oneDNN for every size.
+    """A convolution that a CPU computes with oneDNN for every size, and a GPU in plane where it can.
 
-    torch gives small single patches to its own convolution, which takes four to seven times as long.
+    On a CPU torch gives small single patches to its own convolution, which takes four to seven times as long.
+    On a GPU the separable ones of `light_unet` take a tenth of the time in two dimensions.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,6 +77,9 @@ class Conv3d(nn.Conv3d):
                 self.dilation,
                 self.groups,
             )
+        if x.device.type == "cuda" and is_plain and self.dilation == (1, 1, 1):
+            padding: tuple[int, ...] = self.padding  # type: ignore[assignment]  # numbers, as is_plain says
+            return fast_conv.convolve(x, self.weight, self.bias, self.stride, padding, self.groups)
         return super().forward(x)
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from synmlops.learning.networks.fast_norm import SqueezeExcite
 from synmlops.learning.networks.plus_unet import NonLocal
 from synmlops.learning.networks.registry import build_network
-from synmlops.learning.predict import autocast
+from synmlops.learning.precision import autocast
 from synmlops.learning_params import NetworkParams, TrainParams
 from synmlops.section import SynmlopsError, Zyx
 
