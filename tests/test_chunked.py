@@ -16,6 +16,7 @@ import pytest
 import tensorstore as ts
 import zarr
 from numpy.typing import NDArray
+from volume_tools import aged, files_of, seen_elsewhere
 
 from synmlops.params import SynmlopsError
 from synmlops.volumes import chunk_stores
@@ -396,6 +397,53 @@ def test_a_server_gives_the_same(
         assert volume.name.startswith(served[0])
         assert volume.grid == local.grid
         np.testing.assert_array_equal(volume[REGION], image[REGION])
+
+
+HEADERS = ("zarr.json", ".zarray", "attributes.json", "info")
+
+
+@pytest.mark.parametrize("write", [write for write, _ in FORMATS.values()], ids=FORMATS)
+def test_another_volume_in_its_place_has_another_identity(
+    tmp_path: Path, image: NDArray[np.uint16], write: Write
+) -> None:
+    source = write(tmp_path, image)
+
+    def identity() -> dict[str, Any]:
+        with open_volume(source) as volume:
+            return volume.identity()
+
+    aged(tmp_path)
+    before = identity()
+    assert json.loads(json.dumps(before)) == before
+    seen_elsewhere(tmp_path)
+    assert identity() == before
+    for chunk in set(files_of(tmp_path)) - {file for name in HEADERS for file in tmp_path.rglob(name)}:
+        if not chunk.name.startswith("."):
+            chunk.unlink()
+    assert identity() == before  # without a look at what may be millions
+    aged(tmp_path, 60)
+    assert identity() != before
+    aged(tmp_path)
+    for header in [file for name in HEADERS for file in tmp_path.rglob(name)]:
+        header.write_text(header.read_text() + "\n")
+    aged(tmp_path)
+    assert identity() != before
+
+
+def test_a_servers_volume_is_what_its_header_says(
+    tmp_path: Path, image: NDArray[np.uint16], served: tuple[str, Any]
+) -> None:
+    def identity() -> dict[str, Any]:
+        with open_volume(f"{served[0]}/a") as volume:
+            return volume.identity()
+
+    _zarr2(tmp_path, image)
+    before = identity()
+    assert before["source"] == f"{served[0]}/a"
+    aged(tmp_path)
+    assert identity() == before
+    _zarr2(tmp_path, image[:4])
+    assert identity() != before
 
 
 def test_what_a_server_does_not_have(tmp_path: Path, served: tuple[str, Any], image: NDArray[Any]) -> None:

@@ -1,6 +1,7 @@
 """The decode command: files that other tools read, a threshold that says where it is from, plain refusals."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,15 +15,20 @@ import pytest
 import yaml
 from numpy.typing import NDArray
 from scipy import ndimage
+from volume_tools import aged, files_of
 
+from synmlops.blockwise.grid import Block
 from synmlops.cli import main
 from synmlops.params import EvaluateParams, SynmlopsError
 from synmlops.stages import decode
+from synmlops.synapses import decoding
+from synmlops.synapses.blocks import Source, Summary, Task, label_block
 from synmlops.synapses.instances import decode_pairs, decode_union
 from synmlops.synapses.partners import partners_of
 from synmlops.volumes.probabilities import probabilities_writer
 from synmlops.volumes.store import Grid, open_volume, write_hdf5
 from synmlops.volumes.table import edges_of, read_table
+from synmlops.volumes.zarr import create_zarr
 
 GRID = Grid((40.0, 8.0, 8.0), (80.0, 0.0, 16.0))
 SHAPE = (8, 40, 48)
@@ -103,6 +109,39 @@ def test_two_processes_write_zarr(tmp_path: Path) -> None:
     with open_volume(tmp_path / "out" / "instances.zarr") as volume:
         np.testing.assert_array_equal(volume.read(), ids)
     pd.testing.assert_frame_equal(read_table(tmp_path / "out" / "partners.parquet"), table)
+
+
+def test_an_interrupted_decoding_mixes_in_nothing_of_a_zarr_that_was_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, other = (_zarr(tmp_path / f"{name}.zarr", made_up(seed)) for seed, name in enumerate("pq"))
+    aged(other, 60)
+    how: dict[str, Any] = {"params": PARAMS, "threshold": 0.5, "block_zyx": (4, 16, 32)}
+    n_read = []
+
+    def label(task: Task, block: Block, probabilities: Source) -> Summary:
+        n_read.append(block.index)
+        if len(n_read) == 5:
+            raise KeyboardInterrupt
+        return label_block(task, block, probabilities)
+
+    monkeypatch.setattr(decoding, "label_block", label)
+    with pytest.raises(KeyboardInterrupt):
+        decode.run(source, out=tmp_path / "out", **how)
+    for file in files_of(other):  # as `cp -r` does, which leaves the folder as it was
+        shutil.copy2(file, source / file.relative_to(other))
+    decode.run(source, out=tmp_path / "out", **how)
+    ids, _ = expected(made_up(1), None)
+    with open_volume(tmp_path / "out" / "instances.h5") as volume:
+        np.testing.assert_array_equal(volume.read(), ids)
+
+
+def _zarr(path: Path, values: NDArray[np.uint8]) -> Path:
+    whole, channels = values.shape, ("pre", "post", "union")
+    create_zarr(path, whole, np.uint8, shard=whole, chunk=whole, grid=GRID, channels=channels).write(
+        (slice(None),) * 4, values
+    )
+    return path
 
 
 def test_a_union_has_no_partners_and_that_is_said(tmp_path: Path) -> None:

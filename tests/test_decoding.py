@@ -313,7 +313,7 @@ class Interrupted:
 def test_what_was_read_before_an_interruption_is_not_read_again(tmp_path: Path) -> None:
     values = random_probabilities(7)
     size, n_blocks = (4, 9, 10), 8
-    once = {"scratch": tmp_path, "inputs": "one"}
+    once = {"scratch": tmp_path, "inputs": {"source": "one"}}
     with pytest.raises(KeyboardInterrupt):
         by_block(Interrupted(values, after=5), size, **once)
     (tmp_path / ".decode.blocks" / "voxels_7.partial").write_bytes(b"what a kill left of a file")
@@ -329,16 +329,16 @@ def test_what_was_read_before_an_interruption_is_not_read_again(tmp_path: Path) 
 def test_what_was_laid_aside_of_other_probabilities_is_not_mixed_in(tmp_path: Path) -> None:
     values = random_probabilities(7)
     with pytest.raises(KeyboardInterrupt):
-        by_block(Interrupted(values, after=5), (4, 9, 10), scratch=tmp_path, inputs="one")
+        by_block(Interrupted(values, after=5), (4, 9, 10), scratch=tmp_path, inputs={"source": "one"})
     other = Interrupted(values[:, ::-1], after=99)
-    same(by_block(other, (4, 9, 10), scratch=tmp_path, inputs="other"), as_whole(values[:, ::-1]))
+    same(by_block(other, (4, 9, 10), scratch=tmp_path, inputs={"source": "other"}), as_whole(values[:, ::-1]))
     assert other.n_read == 8
 
 
 def test_two_processes_do_not_decode_into_one_place(tmp_path: Path) -> None:
     with lasting_spool(tmp_path, {"inputs": 1}):
         with pytest.raises(SynmlopsError, match="another process decodes into it"):
-            by_block(random_probabilities(7), (4, 9, 10), scratch=tmp_path, inputs="one")
+            by_block(random_probabilities(7), (4, 9, 10), scratch=tmp_path, inputs={"source": "one"})
         assert (tmp_path / ".decode.blocks").exists()
     assert not (tmp_path / ".decode.blocks").exists()
 

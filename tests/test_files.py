@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from synmlops.params import SynmlopsError
-from synmlops.volumes.files import atomic_folder, atomic_path, sha256_of
+from synmlops.volumes.files import atomic_folder, atomic_path, identity_of, sha256_of
 
 
 def _write_and_stop(path: Path) -> None:
@@ -171,3 +171,25 @@ def test_the_same_arrays_give_the_same_bytes(tmp_path: Path) -> None:
     assert sha256_of(tmp_path / "a.h5") == sha256_of(tmp_path / "b.h5")
     with h5py.File(tmp_path / "a.h5") as file:
         assert file.attrs["k"] == "v"
+
+
+def test_an_identity_is_of_all_files_but_reads_few(tmp_path: Path) -> None:
+    files = [tmp_path / f"{n}.tif" for n in range(9)]
+    for n, file in enumerate(files):
+        file.write_bytes(bytes([n]) * 300_000)
+        os.utime(file, (1e9, 1e9))
+    before = identity_of(files)
+    assert (before["files"], before["bytes"], before["changed"]) == (9, 2_700_000, "2001-09-09T01:46:40Z")
+    for number in (1, 4, 8):
+        os.utime(files[number], (1e9, 2e9))
+        assert identity_of(files)["digest"] != before["digest"]
+        os.utime(files[number], (1e9, 1e9))
+    with files[8].open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    os.utime(files[8], (1e9, 1e9))
+    assert identity_of(files)["digest"] != before["digest"]
+    assert identity_of(files[::-1])["digest"] != identity_of(files)["digest"]
+    files[3].unlink()
+    with pytest.raises(SynmlopsError, match=r"3\.tif: No such file"):
+        identity_of(files)

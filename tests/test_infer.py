@@ -1,5 +1,6 @@
 """Volumes predicted by block: whoever computes, whatever ends it, the same probabilities."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import yaml
 from distributed import LocalCluster
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from tracking_tools import migrated_store
+from volume_tools import aged, seen_elsewhere
 
 from synmlops.blockwise.folder import JobFolder
 from synmlops.cli import main
@@ -190,7 +193,7 @@ def test_nothing_is_mixed(case: Case, tmp_path: Path) -> None:
         _end_at_once(case, tmp_path)
     other = write_model(tmp_path / "other.safetensors", 2)
     for change, word in (
-        ({"params": PARAMS.model_copy(update={"overlap": 0.5})}, "params: "),
+        ({"params": PARAMS.model_copy(update={"overlap": 0.5})}, "(params.overlap: 0.25 then, 0.5 now"),
         ({"view": View(roi=Box((0, 0, 0), (4, 64, 64)))}, "region: "),
         ({"view": View(voxel_nm=(41.0, 8.0, 8.0))}, "voxel_nm: "),
         ({"models": [str(other)]}, "models: "),
@@ -204,14 +207,61 @@ def test_nothing_is_mixed(case: Case, tmp_path: Path) -> None:
     assert infer(case, tmp_path) == [tmp_path / "em.h5"]
 
 
+@pytest.mark.parametrize("kind", ["image.h5", "image.zarr", "image", "mask.zarr"])
+def test_an_input_that_took_anothers_place_is_not_mixed_in(case: Case, tmp_path: Path, kind: str) -> None:
+    given = tmp_path / kind
+
+    def put(image: NDArray[np.uint8], *, seconds: float) -> None:
+        if kind == "image":
+            given.mkdir(exist_ok=True)
+            for z, section in enumerate(image):
+                tifffile.imwrite(given / f"{z}.tif", section)
+        elif kind == "image.h5":
+            write_hdf5(given, {"main": image}, grid=GRID)
+        else:
+            shutil.rmtree(given, ignore_errors=True)
+            _zarr_of(Case(image, given, case.model), given)
+        aged(given, seconds)
+
+    def infer_it(**more: Any) -> list[Path]:
+        is_mask = kind == "mask.zarr"
+        view = View(voxel_nm=GRID.voxel_nm, mask=str(given) if is_mask else None)
+        return infer(
+            Case(case.image, case.path if is_mask else given, case.model), tmp_path / "out", view=view, **more
+        )
+
+    put(case.image, seconds=0)
+    with pytest.raises(SynmlopsError, match="0 of a part"):
+        infer_it(engine=_Ends(gpus=0, block_zyx=BLOCK))
+    put(case.image[::-1], seconds=60)
+    what = kind.partition(".")[0]
+    with pytest.raises(SynmlopsError, match=rf"begun otherwise \({what}.changed: 2001-.* then, 2001-.* now"):
+        infer_it()
+    put(case.image, seconds=0)
+    seen_elsewhere(given)
+    assert len(infer_it()) == 1
+
+
+def test_what_an_earlier_version_began_is_refused(case: Case, tmp_path: Path) -> None:
+    with pytest.raises(SynmlopsError, match="0 of a part"):
+        _end_at_once(case, tmp_path)
+    file = JobFolder(tmp_path / "em.h5").path / "job.json"
+    facts = json.loads(file.read_text())
+    state = case.path.stat()
+    earlier = {"image": str(case.path), "bytes_and_time": [state.st_size, state.st_mtime_ns]}
+    file.write_text(json.dumps(facts | earlier))
+    with pytest.raises(SynmlopsError, match=f"was begun otherwise .*remove {file.parent} to begin anew"):
+        infer(case, tmp_path)
+
+
 def _end_at_once(case: Case, out: Path) -> None:
     """Begin, and end before any block is done."""
+    infer(case, out, engine=_Ends(gpus=0, block_zyx=BLOCK))
 
-    class Ends(Engine):
-        def run(self, *_: Any) -> None:
-            raise SynmlopsError("0 of a part")
 
-    infer(case, out, engine=Ends(gpus=0, block_zyx=BLOCK))
+class _Ends(Engine):
+    def run(self, *_: Any) -> None:
+        raise SynmlopsError("0 of a part")
 
 
 def test_a_region_sees_the_tissue_around_it(case: Case, tmp_path: Path) -> None:

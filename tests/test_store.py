@@ -1,5 +1,6 @@
 """Volumes are read by region from every format, and a bad file is one message that names it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 from PIL import Image
+from volume_tools import aged, seen_elsewhere
 
 from synmlops.params import SynmlopsError
 from synmlops.volumes.store import Grid, hdf5_writer, open_volume, split_joined, write_hdf5
@@ -62,6 +64,7 @@ def _folder(suffix: str) -> Callable[[Path, NDArray[Any]], Path]:
     return write
 
 
+FOLDERS = (_png_sections, _tiff_sections) = (_folder(".png"), _folder(".TIF"))
 FORMATS = {
     "hdf5": _h5,
     "hdf5 chunked, one dataset": _h5_chunked,
@@ -73,8 +76,8 @@ FORMATS = {
     "tiff tiled": _tiff(tile=(16, 16)),
     "tiff imagej": _tiff(imagej=True),
     "tiff lzw": _tiff_lzw,
-    "png sections": _folder(".png"),
-    "tiff sections": _folder(".TIF"),
+    "png sections": _png_sections,
+    "tiff sections": _tiff_sections,
 }
 
 
@@ -92,6 +95,27 @@ def test_every_format_gives_the_region_asked_for(
         mapped = volume.memmap()
         if mapped is not None:
             np.testing.assert_array_equal(mapped[REGION], image[REGION])
+
+
+@pytest.mark.parametrize("write", FORMATS.values(), ids=FORMATS)
+def test_another_volume_in_its_place_has_another_identity(
+    tmp_path: Path, image: NDArray[np.uint16], write: Callable[[Path, NDArray[Any]], Path]
+) -> None:
+    def identity(*, of: NDArray[np.uint16] | None = None, later: float = 0) -> dict[str, Any]:
+        if of is not None:
+            write(tmp_path, of)
+            aged(tmp_path, later)
+        with open_volume(tmp_path if write in FOLDERS else next(tmp_path.glob("a.*"))) as volume:
+            return volume.identity()
+
+    before = identity(of=image)
+    assert json.loads(json.dumps(before)) == before
+    assert before["source"].startswith(str(tmp_path))
+    seen_elsewhere(tmp_path)
+    assert identity() == before
+    assert identity(of=image, later=0.5) == before
+    assert identity(of=image, later=60) != before
+    assert identity(of=image ^ 1) != before
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from synmlops.params import SynmlopsError
+from synmlops.params import SynmlopsError, flatten
 from synmlops.volumes.files import atomic_path, plain_write_errors
 
 
@@ -73,9 +73,10 @@ class JobFolder:
         return True
 
     def _compare(self, facts: dict[str, Any], before: dict[str, Any]) -> None:
-        differing = [key for key in facts | before if facts.get(key) != before.get(key)]
+        now, then = flatten(facts), flatten(before)
+        differing = [key for key in now | then if now.get(key) != then.get(key)]
         if differing:
-            listed = "; ".join(f"{key}: {before.get(key)} then, {facts.get(key)} now" for key in differing)
+            listed = "; ".join(f"{key}: {then.get(key)} then, {now.get(key)} now" for key in differing)
             raise SynmlopsError(
                 f"{self.out}: was begun otherwise ({listed}); go on as then, remove {self.path} to begin "
                 "anew, or choose another place"

@@ -32,7 +32,7 @@ from synmlops.progress import track
 from synmlops.volumes.block_output import create_output
 from synmlops.volumes.files import sha256_of
 from synmlops.volumes.prepared import Box
-from synmlops.volumes.store import open_volume
+from synmlops.volumes.store import Volume, open_volume
 
 MOST_NAMED = 5
 """Blocks that failed and are named in the error."""
@@ -164,7 +164,7 @@ def predict_volume(
         voxels = BLOCK_VOXELS if params.blend == "none" else BLENDED_BLOCK_VOXELS
         block = engine.block_of(predictor.cell_zyx, region, voxels=voxels)
         own = {"models": digests, "block_zyx": block, "shape_zyx": seen.shape}
-        folder.begin(_facts(source, params) | own)
+        folder.begin(_facts(source, volume, params) | own)
         grey = measure_grey(seen, region) if params.intensity == "volume" else None
     for path, copy in zip(models, kept, strict=True):
         _copy(path, copy)
@@ -187,17 +187,18 @@ def predict_volume(
     return True
 
 
-def _facts(source: Source, params: InferParams) -> dict[str, Any]:
-    """Give what decides the output beside models and blocks; a file that was changed is another input."""
-    path = Path(source.image.partition("::")[0])
-    state = path.stat() if path.is_file() else None
+def _facts(source: Source, image: Volume, params: InferParams) -> dict[str, Any]:
+    """Give what decides the output beside models and blocks; a volume that was changed is another input."""
+    mask = None
+    if source.mask is not None:
+        with open_volume(source.mask) as volume:
+            mask = volume.identity()
     return {
-        "image": source.image,
-        "bytes_and_time": [state.st_size, state.st_mtime_ns] if state else None,
+        "image": image.identity(),
         "region": [source.region.start_zyx, source.region.stop_zyx],
         "voxel_nm": source.grid.voxel_nm,
         "factor_zyx": source.factor_zyx,
-        "mask": source.mask,
+        "mask": mask,
         "params": params.model_dump(mode="json"),
     }
 

@@ -133,11 +133,8 @@ def run(
         If a file cannot be read or written, ends early, or the volumes do not fit together.
     """
     with open_probabilities(probabilities) as volume:
-        has_sides, grid, name = (
-            _knows_sides(probabilities, volume.attrs["channels"]),
-            volume.grid,
-            volume.name,
-        )
+        has_sides = _knows_sides(probabilities, volume.attrs["channels"])
+        grid, name, identity = volume.grid, volume.name, volume.identity()
         shape = volume.shape[1], volume.shape[2], volume.shape[3]
     scale = params.polarity.scale_zyx if params.rule == "polarity" else UNSCALED
     suffix = suffix or (".h5" if processes == 1 or scale != UNSCALED else ".zarr")
@@ -162,7 +159,7 @@ def run(
             neurons=None if neurons is None else _neurons(neurons, shape),
             workers=processes,
             scratch=out,
-            inputs=_identity(probabilities),
+            inputs=identity,
             report=report,
         )
     files, notes, n_edges = [instances], [], None
@@ -180,12 +177,6 @@ def run(
         n_edges = len(edges)
     n_partners = None if decoding.table is None else len(decoding.table)
     return Written(decoding.n_sites, n_partners, n_edges, tuple(files), tuple(notes))
-
-
-def _identity(path: Path) -> str:
-    """Tell a file or a Zarr from another that has taken its place."""
-    state = path.stat()
-    return f"{path.absolute()} {state.st_ino} {state.st_size} {state.st_mtime_ns}"
 
 
 def _refuse_scale(scale: tuple[float, float, float], shape: tuple[int, int, int], suffix: str) -> None:

@@ -96,7 +96,7 @@ def decode_blocks(
     join_voxels: int = 0,
     workers: int = 1,
     scratch: Path | None = None,
-    inputs: str | None = None,
+    inputs: Mapping[str, Any] | None = None,
     report: Report = lambda done, note: None,
 ) -> Decoding:
     """Decode a volume of any size into instances and partner table.
@@ -126,9 +126,9 @@ def decode_blocks(
     scratch : Path, optional
         Folder for what is laid aside between the passes: about 14 bytes for each foreground voxel. None keeps
         it in memory, for one worker.
-    inputs : str, optional
-        What tells the probabilities from others. Where it is given, what a process that was killed had read
-        and laid aside in `scratch` is not read again (rule `sites`).
+    inputs : mapping, optional
+        What tells the probabilities from others, such as `Volume.identity` gives. Where it is given, what a
+        process that was killed had read and laid aside in `scratch` is not read again (rule `sites`).
     report : function, optional
         Called with the passes over blocks done so far, of about `passes_of` for each block.
 

@@ -3,6 +3,7 @@
 Everything here ends: a server that is away is asked a few times, and one that goes silent is given up.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import tensorstore as ts
 
 from synmlops.params import SynmlopsError
 from synmlops.volumes.chunk_headers import FORMATS, ZARR_HEADERS, bare_address
+from synmlops.volumes.files import identity_of
 
 STALLED_AFTER_S = 60.0
 """A server of which no answer, be it a chunk, has come whole for so long is given up."""
@@ -106,6 +108,20 @@ class Place:
         if refused is not None and not found:
             raise refused
         return found
+
+    def identity(self, name: str) -> dict[str, Any]:
+        """Tell the headers that are there from others; of a server's, by what they say alone.
+
+        Raises
+        ------
+        SynmlopsError
+            As `headers`.
+        """
+        headers = self.headers(name)
+        if not self.remote:
+            return identity_of([Path(self.address) / header for header in headers])
+        text = json.dumps(headers, sort_keys=True)
+        return {"files": len(headers), "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
     def wait(self, future: Any) -> Any:
         """Give a future's result.

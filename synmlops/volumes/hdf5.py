@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synmlops.params import SynmlopsError
+from synmlops.volumes.files import identity_of
 from synmlops.volumes.sections import Nm, Region, size_of
 
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
@@ -62,6 +63,10 @@ class Hdf5Dataset:
                 f"{self.path}::{self.name}: is truncated, its voxels end early; copy or make it again"
             )
         return np.memmap(self.path, self.dtype, "r", offset, self.shape)
+
+    def identity(self) -> dict[str, Any]:
+        """Tell the file from another that takes its place."""
+        return identity_of([self.path])
 
     def close(self) -> None:
         """Close the file."""

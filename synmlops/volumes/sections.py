@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from synmlops.params import SynmlopsError
+from synmlops.volumes.files import identity_of
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 SECTION_SUFFIXES = (*TIFF_SUFFIXES, ".png")
@@ -77,6 +78,10 @@ class TiffStack:
         """Give the whole volume as a read-only memory map; None if compressed or of foreign byte order."""
         return self._map if self._map is not None and self._map.dtype == self.dtype else None
 
+    def identity(self) -> dict[str, Any]:
+        """Tell the file from another that takes its place."""
+        return identity_of([self.path])
+
     def close(self) -> None:
         """Close the file."""
         self._map = None
@@ -115,6 +120,10 @@ class SectionFolder:
 
     def memmap(self) -> None:
         """Give None: many files are not one map."""
+
+    def identity(self) -> dict[str, Any]:
+        """Tell the files from others that take their place."""
+        return identity_of(self.files)
 
     def close(self) -> None:
         """Do nothing: no file stays open."""

@@ -69,6 +69,7 @@ class _Reader(Protocol):
     def name(self) -> str | None: ...  # within the file
     def read(self, region: Region) -> NDArray[Any]: ...
     def memmap(self) -> NDArray[Any] | None: ...
+    def identity(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
 
 
@@ -133,6 +134,26 @@ class Volume:
     def memmap(self) -> NDArray[Any] | None:
         """Give the volume as a read-only memory map, None where it is compressed or in many files."""
         return self._reader.memmap()
+
+    def identity(self) -> dict[str, Any]:
+        """Tell this volume from another that takes its place, without reading it through.
+
+        What counts of files stands in `synmlops.volumes.files.identity_of`. Of a chunked volume these are the
+        array's headers, on a server what they say: other voxels under the same headers go unnoticed.
+
+        Returns
+        -------
+        identity : dict
+            What JSON can hold, the same on every machine that finds the volume under this path: its `source`
+            and what `identity_of` gives.
+
+        Raises
+        ------
+        SynmlopsError
+            If the volume is gone.
+        """
+        source = self.name if "://" in self.name else str(Path(self.name).absolute())
+        return {"source": source, **self._reader.identity()}
 
     def close(self) -> None:
         """Close the file."""
