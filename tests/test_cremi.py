@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
+import synmlops
 from synmlops.cli import app
 from synmlops.params import SynmlopsError
 from synmlops.volumes.cremi import (
@@ -32,6 +33,7 @@ from synmlops.volumes.cremi import (
 )
 from synmlops.volumes.exporters.cremi import CremiParts, export_cremi
 from synmlops.volumes.importers.cremi import CremiLabels, label_cremi
+from synmlops.volumes.inspect import inspect_volume
 from synmlops.volumes.phantom import make_phantom
 from synmlops.volumes.preparing import Source, prepare_volume
 from synmlops.volumes.probabilities import probabilities_writer
@@ -316,6 +318,20 @@ def test_the_command_and_what_it_wrote_go_through_prepare(tmp_path: Path) -> Non
     assert prepared.label is not None
     assert prepared.label.sites == 1
     assert not prepared.notes
+
+
+def test_the_volume_says_how_it_was_made(tmp_path: Path) -> None:
+    _import(polyadic(), tmp_path, "--reach-nm", "99")
+    with open_volume(tmp_path / "out" / "t.h5::label") as volume:
+        assert volume.attrs["made_by"] == f"synmlops {synmlops.__version__} import cremi"
+        assert json.loads(volume.attrs["made_with"]) == {
+            "source": f"{tmp_path}/t.hdf",
+            "thickness_nm": THICKNESS,
+            "reach_nm": 99.0,
+            "leave_out_faulty": False,
+        }
+    report = inspect_volume(f"{tmp_path}/out/t.h5::mask")
+    assert f"thickness_nm {THICKNESS}, reach_nm 99.0, leave_out_faulty false" in report.origin
 
 
 def test_a_dry_run_draws_and_writes_nothing_else(tmp_path: Path) -> None:

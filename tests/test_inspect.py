@@ -85,6 +85,14 @@ def test_a_stated_kind_is_no_guess(tmp_path: Path) -> None:
     assert report.label.startswith("pairs: 3 sites")
 
 
+def test_how_it_was_made_is_shown(tmp_path: Path) -> None:
+    report = _report(
+        tmp_path, _pairs(), made_by="synmlops 0.1.0 import points", made_with='{"radius_nm": 60}'
+    )
+    assert "synmlops 0.1.0 import points: radius_nm 60" in _shown(report)
+    assert "made by" not in _shown(_report(tmp_path, _pairs()))
+
+
 def _lonely() -> NDArray[Any]:
     label = _pairs()
     label[label == 4] = 0

@@ -1,5 +1,6 @@
 """Points in: whose columns, how they are read, the balls they become; and out again."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
+import synmlops
 from synmlops.cli import app
 from synmlops.params import SynmlopsError, VolumeSet
 from synmlops.volumes import balls
@@ -497,6 +499,29 @@ def test_the_commands(source: PointSource, tmp_path: Path) -> None:
     ):
         with pytest.raises(SynmlopsError, match=message):
             CliRunner().invoke(app, [*given, *options], catch_exceptions=False)
+
+
+def test_label_and_mask_say_how_they_were_made(source: PointSource, tmp_path: Path) -> None:
+    background = HALVES.copy()
+    background[tuple(balls.voxels_of(PAIRS[0, 0], GRID))] = 0
+    write_hdf5(tmp_path / "n.h5", {"main": background}, grid=GRID)
+    written = import_points(replace(source, neurons=f"{tmp_path}/n.h5"), tmp_path / "out")
+    assert written.mask is not None
+    for path in (written.label, written.mask):
+        with open_volume(path) as volume:
+            assert volume.attrs["made_by"] == f"synmlops {synmlops.__version__} import points"
+            assert json.loads(volume.attrs["made_with"]) == {
+                "table": f"{tmp_path}/syn.csv",
+                "image": f"{tmp_path}/em.h5::image",
+                "neurons": f"{tmp_path}/n.h5",
+                "radius_nm": 60.0,
+                "shape": "ball",
+                "units": "nm",  # as Synful has them: what was chosen, not what was given
+                "swap_xz": False,
+                "columns": {},
+                "crop": False,
+            }
+        assert "radius_nm 60.0, neurons" in inspect_volume(str(path)).origin
 
 
 def test_a_phantom_goes_out_and_in_and_is_prepared(tmp_path: Path) -> None:

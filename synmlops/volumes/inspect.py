@@ -18,6 +18,7 @@ from rich.text import Text
 from synmlops.params import SynmlopsError
 from synmlops.volumes.hdf5 import HDF5_SUFFIXES, list_datasets
 from synmlops.volumes.labels import count_components, unmatched_ids
+from synmlops.volumes.origin import origin_of
 from synmlops.volumes.store import Grid, Volume, open_volume, split_joined
 
 Role = Literal["image", "label", "probabilities", "unreadable"]
@@ -39,6 +40,7 @@ class VolumeReport:
     shape: tuple[int, ...] = ()
     dtype: str = ""
     grid: Grid | None = None
+    origin: str = ""  # how it was made, where the file says so
     label: str = ""  # label kind and counts, in words
     histogram: tuple[int, ...] = ()  # voxels in BINS equal bins from the lowest to the highest value
     percentiles: tuple[float, ...] = ()  # at PERCENTS
@@ -106,6 +108,8 @@ def render(report: VolumeReport) -> RenderableType:
         table.add_row("voxel size", f"{_numbers(report.grid.voxel_nm)} nm (z y x)")
         table.add_row("offset", f"{_numbers(report.grid.offset_nm)} nm")
         table.add_row("extent", f"{_numbers(report.size_um or ())} um")
+    if report.origin:
+        table.add_row("made by", report.origin)
     if report.label:
         table.add_row("label", report.label)
     if report.histogram:
@@ -147,7 +151,8 @@ def _volumes_in(source: str) -> list[str]:
 def _describe(volume: Volume) -> VolumeReport:
     tally = _tally(volume)
     role = _guess_role(volume, tally)
-    report = VolumeReport(volume.name, role, volume.shape, str(volume.dtype), volume.grid)
+    form = volume.shape, str(volume.dtype), volume.grid
+    report = VolumeReport(volume.name, role, *form, origin=origin_of(volume.attrs))
     problems = _common_problems(volume, tally)
     if role == "label":
         label, odd = _describe_label(volume, tally)

@@ -5,7 +5,7 @@ electron microscopy images, cremi.org.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,10 +171,13 @@ def label_cremi(
     return CremiLabels(source, grid, shape, box, label, neurons, mask, table, annotations, moved)
 
 
-def write_labels(made: CremiLabels, dest: Path, name: str) -> tuple[Path, Path, Path]:
+def write_labels(
+    made: CremiLabels, dest: Path, name: str, *, attrs: Mapping[str, Any]
+) -> tuple[Path, Path, Path]:
     """Write DEST/NAME.h5 (image, label, neurons, mask), DEST/NAME_partners.parquet and DEST/NAME_doubts.csv.
 
-    The image keeps its padding; there the mask is 0. The files appear when all are complete.
+    The image keeps its padding; there the mask is 0. The HDF5 file gets `attrs` beside its own. All files
+    appear when all are complete.
 
     Raises
     ------
@@ -191,7 +194,9 @@ def write_labels(made: CremiLabels, dest: Path, name: str) -> tuple[Path, Path, 
     with ExitStack() as files:
         raw = files.enter_context(open_volume(f"{made.source}::{RAW}"))
         forms["image"] = (made.shape_zyx, raw.dtype)
-        out = files.enter_context(hdf5_writer(path, forms, grid=made.grid, attrs={"label_kind": "pairs"}))
+        out = files.enter_context(
+            hdf5_writer(path, forms, grid=made.grid, attrs={"label_kind": "pairs", **attrs})
+        )
         write_table(made.partners, files.enter_context(atomic_path(table)))
         _doubt_table(made.doubts).to_csv(files.enter_context(atomic_path(listing)), index=False)
         for z, slab in raw.slabs():

@@ -1,7 +1,7 @@
 """What was found in a CREMI file, in words and in a picture; and the import as a whole."""
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from synmlops.volumes.cremi import RAW
 from synmlops.volumes.importers.cremi import CremiLabels, label_cremi, write_labels
 from synmlops.volumes.importers.survey import Survey, draw_synapses, name_of_outputs
+from synmlops.volumes.origin import made_by
 from synmlops.volumes.store import open_volume
 from synmlops.volumes.table import points_nm
 
@@ -52,7 +53,8 @@ def import_cremi(source: Path, dest: Path, options: CremiOptions, *, name: str |
     """
     chosen = name_of(source, name)
     made = _labels(source, options)
-    write_labels(made, dest, chosen)
+    origin = made_by("import cremi", {"source": source, **asdict(options)})
+    write_labels(made, dest, chosen, attrs=origin)
     return survey_of(made)
 
 

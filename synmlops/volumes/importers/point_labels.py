@@ -1,6 +1,6 @@
 """Balls about points become a label of kind `pairs` and a mask, block by block."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,7 @@ def write_labels(
     grid: Grid,
     shape: Shape,
     neurons: Volume | None,
+    attrs: Mapping[str, Any],
     write_beside: Callable[[Labelled], None],
 ) -> Labelled:
     """Paint the balls into LABEL, and write MASK where there is something to mask; both appear when complete.
@@ -80,6 +81,8 @@ def write_labels(
     shape : tuple of int
         Of the volume, z y x.
     neurons : Volume or None
+    attrs : mapping
+        Attributes of both files, beside their own.
     write_beside : callable
         Called before the files appear, to write what must appear with them.
 
@@ -90,7 +93,8 @@ def write_labels(
     """
     dtype = smallest_unsigned(2 * ends.n_sites)
     with ExitStack() as files:
-        writer = hdf5_writer(label, {"main": (shape, dtype)}, grid=grid, attrs={"label_kind": "pairs"})
+        ours = {"label_kind": "pairs", **attrs}
+        writer = hdf5_writer(label, {"main": (shape, dtype)}, grid=grid, attrs=ours)
         data = files.enter_context(writer)["main"]
         ids = _ids(ends)
         done = _paint_all(ends, ids, data, radius_nm=radius_nm, grid=grid, shape=shape, neurons=neurons)
@@ -102,7 +106,8 @@ def write_labels(
         unsure = np.concatenate([ends.unsure_nm, ends.balls.centre_nm[np.isin(ends.balls.end, lost)]])
         masked = 0
         if len(unsure):
-            made = hdf5_writer(mask, {"main": (shape, np.uint8)}, grid=grid, compression="gzip")
+            form = {"main": (shape, np.uint8)}
+            made = hdf5_writer(mask, form, grid=grid, attrs=attrs, compression="gzip")
             to = files.enter_context(made)["main"]
             masked = _write_mask(to, data, unsure, radius_nm=radius_nm, grid=grid)
         done = Labelled(done.voxels, done.low, done.high, done.kept, done.contested, masked)

@@ -1,7 +1,7 @@
 """Pre and post points of a table become `pairs` labels: balls, or halves of balls, of a radius in nm."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +25,7 @@ from synmlops.volumes.importers.point_pairs import (
     opened_for,
 )
 from synmlops.volumes.importers.survey import Survey, draw_synapses, name_of_outputs
+from synmlops.volumes.origin import made_by
 from synmlops.volumes.sections import Region
 from synmlops.volumes.store import Grid
 from synmlops.volumes.table import COLUMNS, write_table
@@ -90,6 +91,7 @@ def import_points(source: PointSource, dest: Path, *, name: str | None = None) -
             grid=opened.grid,
             shape=opened.image.shape,
             neurons=opened.neurons,
+            attrs=made_by("import points", asdict(source) | asdict(found.reading)),
             write_beside=lambda done: _write_partners(_table(found, done, opened.grid), partners),
         )
     if not done.masked:
