@@ -85,6 +85,47 @@ def test_a_stated_kind_is_no_guess(tmp_path: Path) -> None:
     assert report.label.startswith("pairs: 3 sites")
 
 
+MOST = (np.arange(6 * 40 * 40).reshape(6, 40, 40) % 40 > 9).astype(np.uint8)
+FEW = 1 - MOST
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "attrs", "words"),
+    [
+        ("a.h5", MOST, {}, "looks like one: 1 in 75.00% of the voxels, else 0"),
+        ("a.h5", MOST.astype(np.uint32) * 255, {}, "looks like one: 255 in 75.00%"),
+        ("tissue_mask.h5", FEW, {}, "1 in 25.00% of the voxels, else 0"),
+        ("a.h5::mask", FEW, {"label_kind": "pairs"}, "1 in 25.00%"),  # which is said of another dataset
+        ("a.h5::mask", np.ones((6, 40, 40), np.uint8), {"label_kind": "pairs"}, "1 in 100.00%"),
+    ],
+)
+def test_a_mask_is_no_label(
+    tmp_path: Path, name: str, mask: NDArray[Any], attrs: dict[str, Any], words: str
+) -> None:
+    file, _, dataset = name.partition("::")
+    write_hdf5(tmp_path / file, {dataset or "main": mask}, grid=GRID, attrs=attrs)
+    report = inspect_volume(f"{tmp_path}/{name}")
+    assert (report.role, report.problems) == ("mask", ())
+    assert report.label.startswith(words)
+    assert re.search(rf"mask +{re.escape(words)}", _shown(report))
+
+
+def test_what_is_no_mask(tmp_path: Path) -> None:
+    assert _report(tmp_path, FEW).label.startswith("looks like union")
+    assert _report(tmp_path, MOST, label_kind="union").label.startswith("union")
+    assert _report(tmp_path, np.where(MOST > 0, _image(), 0).astype(np.uint8)).role == "image"
+    write_hdf5(tmp_path / "mask.h5", {"main": np.zeros_like(MOST)}, grid=GRID)
+    assert inspect_volume(f"{tmp_path}/mask.h5").problems == ("takes in nothing: every voxel is 0",)
+
+
+def test_the_kind_of_the_label_is_not_that_of_the_neurons_beside_it(tmp_path: Path) -> None:
+    parts = {"label": _pairs(), "neurons": np.ones((6, 40, 40), np.uint32) + (MOST > 0)}
+    write_hdf5(tmp_path / "a.h5", parts, grid=GRID, attrs={"label_kind": "pairs"})
+    label, neurons = inspect_volumes([f"{tmp_path}/a.h5"])
+    assert label.label.startswith("pairs: 3 sites")
+    assert neurons.label.startswith("looks like")
+
+
 def test_how_it_was_made_is_shown(tmp_path: Path) -> None:
     report = _report(
         tmp_path, _pairs(), made_by="synmlops 0.1.0 import points", made_with='{"radius_nm": 60}'

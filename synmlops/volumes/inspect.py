@@ -4,6 +4,7 @@ Every voxel is read once or twice, slab by slab. What a file does not say is gue
 training never guesses.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,11 +22,12 @@ from synmlops.volumes.labels import count_components, unmatched_ids
 from synmlops.volumes.origin import origin_of
 from synmlops.volumes.store import Grid, Volume, open_volume, split_joined
 
-Role = Literal["image", "label", "probabilities", "unreadable"]
+Role = Literal["image", "label", "mask", "probabilities", "unreadable"]
 BINS = 16
 PERCENTS = (0, 1, 50, 99, 100)
 _BARS = " ▁▂▃▄▅▆▇█"
 _FINE_BINS = 1 << 12  # multiple of BINS
+_BESIDE_LABEL = ("image", "neurons", "mask", "sides")  # datasets that the root's `label_kind` is not said of
 _TABLES = ("foreground_sum", "trusted_sum")  # datasets of prepare that are no voxels
 _SATURATED = 0.01  # share of voxels at an end of the range from which it is worth saying
 _SAME_NEIGHBOUR = 0.6  # share of non-zero voxels equal to a neighbour in x from which it is a label
@@ -41,7 +43,7 @@ class VolumeReport:
     dtype: str = ""
     grid: Grid | None = None
     origin: str = ""  # how it was made, where the file says so
-    label: str = ""  # label kind and counts, in words
+    label: str = ""  # label kind and counts, or the share that a mask takes in, in words
     histogram: tuple[int, ...] = ()  # voxels in BINS equal bins from the lowest to the highest value
     percentiles: tuple[float, ...] = ()  # at PERCENTS
     problems: tuple[str, ...] = ()
@@ -67,6 +69,7 @@ class _Tally:
     highest: float = -np.inf
     unusable: int = 0  # NaN or infinite voxels
     nonzero: int = 0
+    least: float = np.inf  # of those that are not zero
     same: int = 0  # non-zero voxels equal to a neighbour in x
     constant_sections: list[int] = field(default_factory=list)
 
@@ -111,7 +114,7 @@ def render(report: VolumeReport) -> RenderableType:
     if report.origin:
         table.add_row("made by", report.origin)
     if report.label:
-        table.add_row("label", report.label)
+        table.add_row(report.role, report.label)
     if report.histogram:
         ends = f"{report.percentiles[0]:g} to {report.percentiles[-1]:g}"
         table.add_row("histogram", f"{bars(report.histogram)}  {ends}")
@@ -154,6 +157,9 @@ def _describe(volume: Volume) -> VolumeReport:
     form = volume.shape, str(volume.dtype), volume.grid
     report = VolumeReport(volume.name, role, *form, origin=origin_of(volume.attrs))
     problems = _common_problems(volume, tally)
+    if role == "mask":
+        label, odd = _describe_mask(volume, tally)
+        return replace(report, label=label, problems=(*problems, *odd))
     if role == "label":
         label, odd = _describe_label(volume, tally)
         return replace(report, label=label, problems=(*problems, *odd))
@@ -176,12 +182,15 @@ def _tally(volume: Volume) -> _Tally:
         if usable.any():
             tally.lowest = min(tally.lowest, slab.min(where=usable, initial=slab[usable][0]).item())
             tally.highest = max(tally.highest, slab.max(where=usable, initial=slab[usable][0]).item())
-        tally.nonzero += int(np.count_nonzero(slab))
+        nonzero = slab != 0
+        if nonzero.any():
+            tally.nonzero += int(np.count_nonzero(nonzero))
+            tally.least = min(tally.least, slab[nonzero].min().item())
         like_next = slab[..., :-1] == slab[..., 1:]
         like_a_neighbour = np.zeros(slab.shape, bool)
         like_a_neighbour[..., 1:], like_a_neighbour[..., :-1] = like_next, like_next
         like_a_neighbour[..., 1:-1] |= like_next[..., :-1]
-        tally.same += int(np.count_nonzero(like_a_neighbour & (slab != 0)))
+        tally.same += int(np.count_nonzero(like_a_neighbour & nonzero))
         if slab.ndim == 3:
             constant = (slab == slab[:, :1, :1]).all(axis=(1, 2))
             tally.constant_sections += [z + int(i) for i in np.flatnonzero(constant)]
@@ -193,11 +202,38 @@ def _guess_role(volume: Volume, tally: _Tally) -> Role:
         return "probabilities"
     if volume.dtype.kind == "f":
         return "image"
+    if _is_mask(volume, tally):
+        return "mask"
     if volume.dtype.itemsize > 2:
         return "label"
     if tally.nonzero == 0 or tally.lowest == tally.highest:
-        return "label" if "label_kind" in volume.attrs else "image"
+        return "label" if _stated_kind(volume) else "image"
     return "label" if tally.same > _SAME_NEIGHBOUR * tally.nonzero else "image"
+
+
+def _stated_kind(volume: Volume) -> str | None:
+    """Give the label kind that the file says, which is not that of what lies beside the label."""
+    return None if volume.dataset in _BESIDE_LABEL else volume.attrs.get("label_kind")
+
+
+def _is_named_mask(volume: Volume) -> bool:
+    return volume.dataset == "mask" or volume.path.stem.lower().endswith("mask")
+
+
+def _is_mask(volume: Volume, tally: _Tally) -> bool:
+    """Tell a mask: 0 and one other value at most, and its name, or that it takes in most of the volume."""
+    if _stated_kind(volume) or tally.lowest < 0 or (tally.nonzero and tally.least != tally.highest):
+        return False
+    most = tally.lowest == 0 and tally.nonzero > math.prod(volume.shape) / 2
+    return most or _is_named_mask(volume)
+
+
+def _describe_mask(volume: Volume, tally: _Tally) -> tuple[str, list[str]]:
+    """Give what a mask takes in, in words, and what is wrong."""
+    how = "" if _is_named_mask(volume) else "looks like one: "
+    share = tally.nonzero / math.prod(volume.shape)
+    odd = [] if tally.nonzero else ["takes in nothing: every voxel is 0"]
+    return f"{how}{tally.highest:g} in {share:.2%} of the voxels, else 0", odd
 
 
 def _common_problems(volume: Volume, tally: _Tally) -> list[str]:
@@ -272,7 +308,7 @@ def _describe_label(volume: Volume, tally: _Tally) -> tuple[str, list[str]]:
     problems = []
     if ids[-1] >= 2**31:
         problems.append(f"ids up to {ids[-1]}, which wrap in programs that use 32-bit signed ids")
-    stated = volume.attrs.get("label_kind")
+    stated = _stated_kind(volume)
     kind = stated or _guess_kind(ids, centres, volume.grid, share)
     if kind == "pairs":
         problems += unmatched_ids(ids)

@@ -94,7 +94,7 @@ def _other_kind(path: str, report: VolumeReport, kind: LabelKind | None) -> list
         return [
             f"{path}: is named as a label, but it looks like {report.role}; name the dataset: a.h5::label"
         ]
-    looks = report.label.removeprefix("looks like ").partition(":")[0]
+    looks = "a mask" if report.role == "mask" else report.label.removeprefix("looks like ").partition(":")[0]
     if kind is None or kind == "union" or not report.label or looks in (kind, "instances"):
         return []
     return [f"{path}: is taken for {kind}, but it looks like {looks}"]
