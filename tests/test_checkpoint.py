@@ -1,5 +1,6 @@
 import pickletools
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,16 +9,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from synmlops.learning.checkpoint import (
+    Model,
     ModelMeta,
     load_model,
+    load_outline,
     load_state,
     read_meta,
     save_model,
     save_state,
 )
-from synmlops.learning.networks.registry import build_network
+from synmlops.learning.networks.registry import NETWORKS, build_network
 from synmlops.params import NetworkParams, SynmlopsError
 
+Load = Callable[[Path], Model]
 NETWORK = NetworkParams(widths=(4, 6), kernels=((1, 3, 3), (3, 3, 3)), pools=((1, 2, 2),), norm="batch")
 META = ModelMeta(
     network=NETWORK,
@@ -77,17 +81,18 @@ def _write_foreign(path: Path, metadata: dict[str, str] | None) -> None:
     save_file({"weight": torch.zeros(3)}, path, metadata=metadata)
 
 
-def test_every_broken_model_file_is_one_message(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("load", [load_model, load_outline])
+def test_every_broken_model_file_is_one_message(path: Path, tmp_path: Path, load: Load) -> None:
     whole = path.read_bytes()
     cut = tmp_path / "cut.safetensors"
     for n in (0, 4, 20, len(whole) // 2, len(whole) - 1):
         cut.write_bytes(whole[:n])
         with pytest.raises(SynmlopsError, match=r"cut.safetensors: not a complete safetensors file"):
-            load_model(cut)
+            load(cut)
     with pytest.raises(SynmlopsError, match=r"no.safetensors: no such model; run `synmlops train`"):
-        load_model(tmp_path / "no.safetensors")
+        load(tmp_path / "no.safetensors")
     with pytest.raises(SynmlopsError, match="not a complete safetensors file"):
-        load_model(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
@@ -106,15 +111,32 @@ def test_header_of_another_version(tmp_path: Path, header: str) -> None:
     assert "errors.pydantic.dev" not in str(caught.value)
 
 
-def test_weights_that_do_not_fit_their_network(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("load", [load_model, load_outline])
+def test_weights_that_do_not_fit_their_network(
+    tmp_path: Path, weights: dict[str, Tensor], load: Load
+) -> None:
     wider = META.model_copy(update={"network": NETWORK.model_copy(update={"widths": (4, 8)})})
     save_model(tmp_path / "a.safetensors", weights, wider)
     with pytest.raises(SynmlopsError, match=r"a.safetensors: the weights do not fit"):
-        load_model(tmp_path / "a.safetensors")
+        load(tmp_path / "a.safetensors")
     weights.pop("head.bias")
     save_model(tmp_path / "a.safetensors", weights, META)
     with pytest.raises(SynmlopsError, match=r"a.safetensors: the weights do not fit"):
-        load_model(tmp_path / "a.safetensors")
+        load(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_outline_is_the_model_without_its_weights(tmp_path: Path, name: str) -> None:
+    network = NETWORK.model_copy(update={"name": name, "stem_zyx": (1, 1, 1)})
+    made = META.model_copy(update={"network": network})
+    save_model(tmp_path / "a.safetensors", build_network(made.network).state_dict(), made)
+    outline, model = load_outline(tmp_path / "a.safetensors"), load_model(tmp_path / "a.safetensors")
+    assert outline.meta == model.meta
+    assert {value.device.type for value in outline.network.state_dict().values()} == {"meta"}
+    shapes = [
+        {key: value.shape for key, value in one.network.state_dict().items()} for one in (outline, model)
+    ]
+    assert shapes[0] == shapes[1]
 
 
 def test_unwritable_place_leaves_the_earlier_model(path: Path, weights: dict[str, Tensor]) -> None:

@@ -242,6 +242,26 @@ def test_an_input_that_took_anothers_place_is_not_mixed_in(case: Case, tmp_path:
     assert len(infer_it()) == 1
 
 
+def test_a_model_is_read_where_blocks_are_computed_alone(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies before that needs none of its weights, and yet a broken one is told of before all else."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("synmlops.learning.checkpoint.load_model", refuse)
+    monkeypatch.setattr("synmlops.learning.volume_prediction.load_model", refuse, raising=False)
+    with pytest.raises(SynmlopsError, match="0 of a part"):
+        _end_at_once(case, tmp_path / "out")
+    model, other = load_model(case.model), NETWORK.model_copy(update={"widths": (4, 8)})
+    misfit = tmp_path / "misfit.safetensors"
+    save_model(misfit, model.network.state_dict(), model.meta.model_copy(update={"network": other}))
+    with pytest.raises(SynmlopsError, match=r"misfit.safetensors: the weights do not fit"):
+        infer(Case(case.image, case.path, misfit), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_what_an_earlier_version_began_is_refused(case: Case, tmp_path: Path) -> None:
     with pytest.raises(SynmlopsError, match="0 of a part"):
         _end_at_once(case, tmp_path)

@@ -1,5 +1,7 @@
 """Models and resume checkpoints on disk: no pickle is executed, and a file appears only when complete."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -58,13 +60,29 @@ def load_model(path: Path, *, device: str | torch.device = "cpu") -> Model:
     """
     meta = read_meta(path)
     network = build_network(meta.network)
-    try:
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-        network.load_state_dict(weights)
-    except (SafetensorError, RuntimeError) as error:
-        raise SynmlopsError(f"{path}: the weights do not fit the network it names: {error}") from error
+    with _plain_misfit(path), safe_open(path, framework="pt") as file:
+        network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  (no mapping)
     return Model(network.to(device).eval(), meta)
+
+
+def load_outline(path: Path) -> Model:
+    """See that a model file is whole and fits its network, without its weights: they lie on torch's `meta`.
+
+    A network of the user's own is built for all that, since it is tried on a patch.
+
+    Raises
+    ------
+    SynmlopsError
+        As `load_model`.
+    """
+    meta, nowhere = read_meta(path), torch.device("meta")
+    with nullcontext() if ":" in meta.network.name else nowhere:
+        network = build_network(meta.network)
+    with _plain_misfit(path), safe_open(path, framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        outline = {name: torch.empty(shape, device=nowhere) for name, shape in shapes.items()}
+        network.load_state_dict(outline, assign=True)
+    return Model(network.eval(), meta)
 
 
 def load_start(path: Path, network: NetworkParams) -> Model:
@@ -147,6 +165,14 @@ def load_state(path: Path) -> dict[str, Any] | None:
             f"{path}: broken checkpoint ({_first_line(error)}); delete it to start over"
         ) from error
     return state
+
+
+@contextmanager
+def _plain_misfit(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise SynmlopsError(f"{path}: the weights do not fit the network it names: {error}") from error
 
 
 def _first_line(error: Exception) -> str:

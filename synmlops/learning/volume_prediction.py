@@ -24,7 +24,7 @@ from synmlops.learning.block_prediction import (
     block_shape,
     measure_grey,
 )
-from synmlops.learning.checkpoint import load_model
+from synmlops.learning.checkpoint import load_outline
 from synmlops.learning.distributed import check_gpus
 from synmlops.learning.predict import Predictor
 from synmlops.params import IncompleteError, InferParams
@@ -159,7 +159,7 @@ def predict_volume(
     with open_volume(source.image) as volume:
         seen = source.seen(volume)
         predictor = Predictor(
-            [load_model(path) for path in models], shape_zyx=seen.shape, region=region, params=params
+            [load_outline(path) for path in models], shape_zyx=seen.shape, region=region, params=params
         )
         voxels = BLOCK_VOXELS if params.blend == "none" else BLENDED_BLOCK_VOXELS
         block = engine.block_of(predictor.cell_zyx, region, voxels=voxels)
