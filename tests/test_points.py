@@ -228,6 +228,45 @@ def test_rows_that_stand_twice_count_once(source: PointSource, tmp_path: Path) -
     assert (written.rows, written.notes) == (3, ("1 of 4 rows stand there twice and count once",))
 
 
+def _jittered() -> NDArray[np.float64]:
+    """Give a site of which each row has a pre point of its own, and one across the border of its neuron."""
+    posts = [_nm(4, 40, 20), _nm(4, 40, 30), _nm(4, 40, 40), _nm(4, 24, 20)]
+    pres = [_nm(4, 28, 20), _nm(4, 28, 22), _nm(4, 28, 24), _nm(4, 30, 22)]  # 16 nm apart along the row
+    return np.array([[pre, post] for pre, post in zip(pres, posts, strict=True)])
+
+
+@pytest.mark.parametrize("clipped", [True, False])
+@pytest.mark.parametrize(
+    ("merge_nm", "sites"), [(0.0, [1, 2, 3, 4]), (15.0, [1, 2, 3, 4]), (16.0, [1, 1, 1, 2])]
+)
+def test_near_pre_points_of_a_neuron_are_one_site_on_demand(
+    source: PointSource, tmp_path: Path, clipped: bool, merge_nm: float, sites: list[int]
+) -> None:
+    """Whether the neurons are those of a segmentation or of the table."""
+    _synful(_jittered(), segmentid_pre=[1, 1, 1, 2], segmentid_post=[2, 2, 2, 1]).to_csv(
+        source.table, index=False
+    )
+    given = source if clipped else replace(source, neurons=None)
+    written = import_points(replace(given, merge_nm=merge_nm, radius_nm=20.0), tmp_path / "out")
+    table, label = read_table(written.partners), _label(written.label)
+    assert table.site.tolist() == sites
+    assert np.array_equal(points_nm(table), _jittered())  # each row keeps its own
+    assert np.array_equal(_label_at(written.label, table)[:, 0], 2 * np.array(sites) - 1)
+    assert written.sites == max(sites) == len(np.unique((label[label > 0] + 1) // 2))
+    said = ("4 pre points became 2 sites (--merge-nm 16)",) if max(sites) == 2 else ()
+    assert [note for note in written.notes if "became" in note] == list(said)
+
+
+def test_a_table_that_names_its_sites_is_not_merged(source: PointSource, tmp_path: Path) -> None:
+    _synful(_jittered(), cleft=[1, 1, 2, 3]).to_csv(source.table, index=False)
+    named = replace(source, columns={"site": "cleft"}, radius_nm=20.0)
+    assert import_points(named, tmp_path / "out").sites == 3
+    with pytest.raises(
+        SynmlopsError, match="its column cleft says which rows are one site; leave out --merge"
+    ):
+        import_points(replace(named, merge_nm=16.0), tmp_path / "out")
+
+
 IDS = np.array([[720575940621039145, 3], [720575940621039145, 4], [2**63 + 7, 5]], np.uint64)
 
 
@@ -375,6 +414,8 @@ def test_voxels_that_are_taken_for_nm(source: PointSource, tmp_path: Path) -> No
     [
         ({"radius_nm": 10.0}, "--radius-nm 10: must be at least 20, half of the image's longest voxel side"),
         ({"units": "nm", "point_nm": (40.0, 4.0, 4.0)}, "--point-nm is the size of the voxels"),
+        ({"merge_nm": -1.0}, "--merge-nm -1: must be a number of nm, 0 or more"),
+        ({"merge_nm": float("nan")}, "--merge-nm nan: must be"),
         ({"point_nm": (40.0, 0.0, 4.0)}, "--point-nm .* must be positive"),
         ({"columns": {"pre_z": "zz"}}, "--columns pre_z=zz: .* has no column zz"),
         ({"columns": {"z": "pre_z"}}, "--columns z=pre_z: z is none of pre_z, pre_y"),
@@ -490,6 +531,8 @@ def test_the_commands(source: PointSource, tmp_path: Path) -> None:
     real = CliRunner().invoke(app, [*given, "--name", "a"], catch_exceptions=False)
     assert "2 sites, 3 pairs" in real.output
     assert f"    label: {tmp_path}/out/a_label.h5" in real.output.splitlines()
+    CliRunner().invoke(app, [*given, "--merge-nm", "30"], catch_exceptions=False)
+    assert "merge_nm 30.0" in inspect_volume(f"{tmp_path}/out/syn_label.h5").origin
     table = str(tmp_path / "out" / "a_partners.parquet")
     command = ["export", "points", table, str(tmp_path / "b.csv"), "--like", "synful"]
     assert "3 pairs, positions in nm" in CliRunner().invoke(app, command, catch_exceptions=False).output
@@ -520,6 +563,7 @@ def test_label_and_mask_say_how_they_were_made(source: PointSource, tmp_path: Pa
                 "swap_xz": False,
                 "columns": {},
                 "crop": False,
+                "merge_nm": 0.0,
             }
         assert "radius_nm 60.0, neurons" in inspect_volume(str(path)).origin
 

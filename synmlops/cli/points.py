@@ -38,6 +38,9 @@ def points(
     crop: Annotated[
         bool, typer.Option("--crop", help="Leave out synapses that do not lie in the image.")
     ] = False,
+    merge_nm: Annotated[
+        float, typer.Option(help="Pre points of one neuron that lie no farther apart are one site.")
+    ] = 0.0,
     voxel_nm: Annotated[
         str | None, typer.Option(help="Voxel size z,y,x where the image does not say it.")
     ] = None,
@@ -64,6 +67,7 @@ def points(
         swap_xz=swap_xz,
         columns=_named(columns),
         crop=crop,
+        merge_nm=merge_nm,
     )
     if dry_run:
         picture = dest / f"{stage.stem_of(source, name)}_survey.png"

@@ -8,6 +8,9 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 
 from synmlops.params import SynmlopsError
 from synmlops.volumes.balls import inside, values_at, voxels_of
@@ -41,6 +44,9 @@ class PointSource:
         See `synmlops.volumes.importers.point_columns.read_points`.
     crop : bool
         Leave out synapses of which an end lies outside the image; else they are an error.
+    merge_nm : float
+        Pre points of one neuron that lie no farther apart are one site, and so are chains of such; 0 takes
+        each for a site of its own. Not for tables with a column that names the site.
     """
 
     table: Path
@@ -54,6 +60,7 @@ class PointSource:
     swap_xz: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
     crop: bool = False
+    merge_nm: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,14 +160,20 @@ def collect(source: PointSource, opened: Opened) -> Pairs:
         read, units=source.units, point_nm=source.point_nm, swap_xz=source.swap_xz, where=where
     )
     points = check_places(read.raw, reading, grid=opened.grid, shape=shape, where=where, crop=source.crop)
-    there = inside(voxels_of(points, opened.grid), shape).all(axis=1)
-    site = _sites(read)
+    there = np.asarray(inside(voxels_of(points, opened.grid), shape).all(axis=1))
+    under = _under(points, there, opened)
+    site, merged = _merged(
+        _sites(read), read, points[:, 0], under=under, merge_nm=source.merge_nm, where=where
+    )
     alone = first_of_each(np.column_stack([site, points[:, 1]]))
-    notes = count_note((~there).sum(), len(points), "have an end outside the image and are left out (--crop)")
+    notes = merged
+    notes += count_note(
+        (~there).sum(), len(points), "have an end outside the image and are left out (--crop)"
+    )
     notes += count_note((~alone).sum(), len(points), "stand there twice and count once")
     kept = there & alone
     near = ~there & _near(points, source.radius_nm, opened.grid, shape)
-    neurons, no_neuron, more = _neurons_of(read, points, kept, opened)
+    neurons, no_neuron, more = _neurons_of(read, under, kept, opened)
     notes += more
     kept &= ~no_neuron
     if not kept.any():
@@ -181,34 +194,42 @@ def collect(source: PointSource, opened: Opened) -> Pairs:
     )
 
 
+def _under(
+    points: NDArray[np.float64], there: NDArray[np.bool_], opened: Opened
+) -> NDArray[np.uint64] | None:
+    """Give the neurons that a segmentation has under both ends of the pairs inside; None without one."""
+    if opened.neurons is None:
+        return None
+    under = np.zeros((len(points), 2), np.uint64)
+    ends = voxels_of(points[there], opened.grid)
+    under[there] = values_at(opened.neurons, ends.reshape(-1, 3)).reshape(-1, 2)
+    return under
+
+
 def _neurons_of(
-    read: PointTable, points: NDArray[np.float64], kept: NDArray[np.bool_], opened: Opened
+    read: PointTable, under: NDArray[np.uint64] | None, kept: NDArray[np.bool_], opened: Opened
 ) -> tuple[NDArray[np.uint64], NDArray[np.bool_], tuple[str, ...]]:
     """Give the neurons of both ends, which pairs have an end in none, and notes.
 
     The segmentation, where there is one, goes before the ids of the table.
     """
-    given = np.zeros((len(points), 2), np.uint64) if read.neurons is None else read.neurons
-    if opened.neurons is None:
-        return given, np.zeros(len(points), bool), ()
-    under = np.zeros_like(given)
-    ends = voxels_of(points[kept], opened.grid)
-    under[kept] = values_at(opened.neurons, ends.reshape(-1, 3)).reshape(-1, 2)
+    n = len(read.raw)
+    given = np.zeros((n, 2), np.uint64) if read.neurons is None else read.neurons
+    if under is None or opened.neurons is None:
+        return given, np.zeros(n, bool), ()
     none = kept & (under == 0).any(axis=1)
     both = kept & ~none
     other = both & ((under != given) & (given > 0)).any(axis=1)
     self_contact = both & (under[:, 0] == under[:, 1])
     notes = count_note(
         none.sum(),
-        len(points),
+        n,
         f"have an end in the background of {opened.neurons.name}: left out and masked",
     )
     notes += count_note(
-        self_contact.sum(), len(points), "have both ends in one neuron (self_contact in the partner table)"
+        self_contact.sum(), n, "have both ends in one neuron (self_contact in the partner table)"
     )
-    notes += count_note(
-        other.sum(), len(points), "name another neuron than the segmentation, whose ids are taken"
-    )
+    notes += count_note(other.sum(), n, "name another neuron than the segmentation, whose ids are taken")
     return under, none, notes
 
 
@@ -221,9 +242,45 @@ def _sites(read: PointTable) -> NDArray[np.int64]:
         if read.neurons is not None:  # by rank, for a float does not hold all digits of an id
             keys = np.column_stack([keys, np.unique(read.neurons[:, 0], return_inverse=True)[1]])
         _, first, number = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    return _in_order(number.ravel(), first)
+
+
+def _in_order(number: NDArray[np.int64], first: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number anew by the first row of each."""
     rank = np.empty(len(first), np.int64)
     rank[np.argsort(first, kind="stable")] = np.arange(len(first))
-    return np.asarray(rank[number.ravel()])
+    return np.asarray(rank[number])
+
+
+def _merged(
+    site: NDArray[np.int64],
+    read: PointTable,
+    pre_nm: NDArray[np.float64],
+    *,
+    under: NDArray[np.uint64] | None,
+    merge_nm: float,
+    where: str,
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Make one site of those whose pre points lie near each other in one neuron; a note says of how many."""
+    if not (merge_nm >= 0 and np.isfinite(merge_nm)):
+        raise SynmlopsError(f"--merge-nm {merge_nm:g}: must be a number of nm, 0 or more")
+    if merge_nm == 0:
+        return site, ()
+    if read.site is not None:
+        raise SynmlopsError(
+            f"{where}: its column {read.columns['site']} says which rows are one site; leave out --merge-nm"
+        )
+    first = np.flatnonzero(first_of_each(site[:, None].astype(np.float64)))  # a row for each site, in order
+    near = cKDTree(pre_nm[first]).query_pairs(merge_nm, output_type="ndarray")
+    neurons = read.neurons if under is None else under
+    if neurons is not None:
+        near = near[neurons[first[near[:, 0]], 0] == neurons[first[near[:, 1]], 0]]
+    n = len(first)
+    joined = coo_array((np.ones(len(near)), (near[:, 0], near[:, 1])), (n, n))
+    n_merged, group = connected_components(joined, directed=False)
+    begins = np.unique(group, return_index=True)[1]
+    note = f"{n} pre points became {n_merged} sites (--merge-nm {merge_nm:g})"
+    return _in_order(group.astype(np.int64), begins)[site], (note,) if n_merged < n else ()
 
 
 def first_of_each(keys: NDArray[np.float64]) -> NDArray[np.bool_]:
