@@ -68,7 +68,7 @@ def test_every_block_is_done_once(run: Run, suffix: str, tmp_path: Path) -> None
     assert sorted(seen) == list(range(len(job.grid)))
     assert (outcome.done, outcome.failed) == (len(job.grid), {})
     np.testing.assert_array_equal(written(job), right(job))
-    assert job.todo() == []
+    assert not job.todo()
     assert started(job) <= 2  # a model is loaded once, not for each block
 
 
@@ -78,7 +78,7 @@ def test_what_is_done_is_not_done_again(run: Run, tmp_path: Path) -> None:
         for index in range(0, len(job.grid), 2):
             marks.add(index)
     todo = job.todo()
-    assert todo == list(range(1, len(job.grid), 2))
+    assert list(todo) == list(range(1, len(job.grid), 2))
     run(job, todo, tell=Outcome().tell)
     for block in job.grid:
         part = written(job)[(slice(None), *block.write.slices)]
@@ -90,7 +90,7 @@ def test_a_block_that_cannot_be_read_is_named_and_the_others_are_done(run: Run, 
     run(job, job.todo(), tell=outcome.tell)
     assert outcome.failed == {0: "chunk 0 is damaged", 7: "chunk 7 is damaged"}
     assert outcome.done == len(job.grid) - 2
-    assert job.todo() == [0, 7]
+    assert list(job.todo()) == [0, 7]
 
 
 def test_an_input_that_is_gone_ends_the_work(run: Run, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_reading_and_writing_go_on_while_a_block_is_computed(tmp_path: Path) -> 
 
 def test_a_torn_mark_counts_for_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"1\n2\n17")
-    (tmp_path / "b.txt").write_bytes(b"3\n99\n")
+    (tmp_path / "b.txt").write_bytes(b"3\n99\n\0\0\0")
     assert np.flatnonzero(Marks(tmp_path).done(20)).tolist() == [1, 2, 3]
     assert not Marks(tmp_path / "none").done(20).any()
 
@@ -210,7 +210,7 @@ def test_killed_at_any_moments_is_never_killed(processes: int, tmp_path: Path) -
     assert process.poll() == 0
     assert kills >= 2
     job = a_job(tmp_path)
-    assert job.todo() == []
+    assert not job.todo()
     np.testing.assert_array_equal(written(job), right(job))
 
 
@@ -244,7 +244,7 @@ def test_a_dask_scheduler_that_goes_away_is_one_message(tmp_path: Path) -> None:
     )
     worker = subprocess.Popen(
         [*dask, "distributed.cli.dask_worker", address, "--nthreads", "2", "--no-dashboard", "--no-nanny"],
-        env=os.environ | {"PYTHONPATH": str(TOOLS.parent)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TOOLS.parent), *sys.path])},
         cwd=tmp_path,
         **quiet,
     )

@@ -1,8 +1,10 @@
 """The engine of a cluster: Dask workers, each of which makes its own worker of a job once."""
 
+import math
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from threading import Lock
 from typing import Any
@@ -22,6 +24,7 @@ CONNECT_S = 10
 """Seconds in which the scheduler must answer."""
 LOOK_EVERY_S = 5.0
 """Seconds after which we look whether there are more workers now, or fewer."""
+_GONE = "the Dask scheduler went away; start again when it is back, finished blocks are kept"
 
 
 def run_dask(job: Job, indices: Iterable[int], *, address: str, tell: Tell) -> None:
@@ -45,53 +48,69 @@ def run_dask(job: Job, indices: Iterable[int], *, address: str, tell: Tell) -> N
         If the scheduler is not there or goes away, or a block cannot be computed or written.
     """
     with _connected(address) as client:
-        token, waiting = uuid.uuid4().hex, iter(indices)
+        token = uuid.uuid4().hex
         try:
-            for index, future in _completed(client, job, token, waiting):
-                tell(index, _outcome_of(future))
+            for index, reason in _ended(client, job, token, iter(indices)):
+                tell(index, reason)
         finally:
             if client.status == "running":
                 client.run(_forget, token)
 
 
-def _completed(client: Client, job: Job, token: str, waiting: Iterator[int]) -> Iterator[tuple[int, Future]]:
-    """Keep the workers busy and give the blocks as they end."""
+def _ended(client: Client, job: Job, token: str, waiting: Iterator[int]) -> Iterator[tuple[int, str | None]]:
+    """Keep the workers busy; give the blocks as they end, and why they failed, if they did.
+
+    Blocks that end together are asked about and replaced together: a message costs the scheduler more than a
+    block does.
+    """
     from distributed import as_completed
 
-    running: dict[str, int] = {}  # block by the key of its future
-    futures, looked, room = as_completed(loop=client.loop), -LOOK_EVERY_S, 0
-    shared = client.scatter(job, broadcast=True, hash=False)
+    running, looked, room = 0, -math.inf, 0
+    futures = as_completed(loop=client.loop)
+    with _scheduler_there():
+        shared = client.scatter(job, broadcast=True, hash=False)
+    while True:
+        with _scheduler_there():
+            if time.monotonic() - looked > LOOK_EVERY_S:
+                looked, room = time.monotonic(), max(1, AHEAD * sum(client.nthreads().values()))
+            if fresh := list(islice(waiting, max(0, room - running))):
+                keys = [(f"{job.name}-{token}", index) for index in fresh]
+                futures.update(
+                    client.map(_do, fresh, job=shared, token=token, key=keys, pure=False, retries=RETRIES)
+                )
+                running += len(fresh)
+        if not running:
+            return
+        batch = futures.next_batch()
+        running -= len(batch)
+        yield from _outcomes(client, batch)
 
-    def submit(n: int) -> None:
-        for index in islice(waiting, max(0, n)):
-            future = client.submit(_do, shared, token, index, pure=False, retries=RETRIES)
-            running[future.key] = index
-            futures.add(future)
 
-    submit(1)
-    for future in futures:
-        if time.monotonic() - looked > LOOK_EVERY_S:
-            looked, room = time.monotonic(), AHEAD * sum(client.nthreads().values())
-        index = running.pop(future.key)
-        submit(max(1, room) - len(running))
-        yield index, future
-
-
-def _outcome_of(future: Future) -> str | None:
-    """Give why a block failed, or None; an error that concerns all blocks is raised."""
-    from concurrent.futures import CancelledError
-
+def _outcomes(client: Client, futures: Sequence[Future]) -> Iterator[tuple[int, str | None]]:
+    """Give numbers of blocks that ended and why they failed; an error that concerns all blocks is raised."""
     from distributed import KilledWorker
 
+    with _scheduler_there():  # gives None for those that did not finish
+        reasons = client.gather({future.key: future for future in futures}, errors="skip")
+    for future in futures:
+        _, index = future.key
+        if future.cancelled():
+            raise SynmlopsError(_GONE)
+        try:
+            yield index, reasons[future.key] if future.status == "finished" else future.result()
+        except KilledWorker:
+            yield index, "the workers that tried it died; is there enough memory?"
+
+
+@contextmanager
+def _scheduler_there() -> Iterator[None]:
+    """Say in one message what the silence of a scheduler raises."""
+    from concurrent.futures import CancelledError
+
     try:
-        reason: str | None = future.result()
-    except KilledWorker:
-        return "the workers that tried it died; is there enough memory?"
-    except CancelledError as error:
-        raise SynmlopsError(
-            "the Dask scheduler went away; start again when it is back, finished blocks are kept"
-        ) from error
-    return reason
+        yield
+    except (CancelledError, OSError) as error:
+        raise SynmlopsError(_GONE) from error
 
 
 def _connected(address: str) -> Client:
@@ -120,7 +139,7 @@ _workers: dict[str, tuple[Worker, Marks]] = {}
 _starting, _computing = Lock(), Lock()
 
 
-def _do(job: Job, token: str, index: int) -> str | None:
+def _do(index: int, *, job: Job, token: str) -> str | None:
     """Do a block; why it failed, if it cannot be read."""
     with _starting:
         if token not in _workers:

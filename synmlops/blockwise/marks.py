@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from synmlops.volumes.files import plain_write_errors
 
+PIECE_BYTES = 2**20
+"""Marks that are read at a time: as numbers in Python they take ten times the room."""
+
 
 class Marks:
     """The numbers of finished blocks in a folder, each writer in a file of its own.
@@ -60,9 +63,11 @@ class Marks:
         """Tell of each block whether anyone has marked it."""
         marked = np.zeros(n_blocks, bool)
         for path in self._folder.glob("*.txt"):
-            whole_lines = path.read_bytes().rpartition(b"\n")[0].split()
-            numbers = np.array([int(line) for line in whole_lines if line.isdigit()], np.int64)
-            marked[numbers[numbers < n_blocks]] = True
+            with path.open("rb") as file:
+                while lines := file.readlines(PIECE_BYTES):
+                    whole = (line[:-1] for line in lines if line.endswith(b"\n"))
+                    numbers = np.array([int(line) for line in whole if line.isdigit()], np.int64)
+                    marked[numbers[numbers < n_blocks]] = True
         return marked
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -52,10 +53,11 @@ def run_processes(job: Job, indices: Iterable[int], *, n: int, tell: Tell) -> No
     SynmlopsError
         If a block cannot be computed or written, or processes die before they have done anything.
     """
-    todo, deaths = deque(indices), Counter[int]()
+    rest, todo, deaths = iter(indices), deque[int](), Counter[int]()
+    _fill(todo, rest, AHEAD * n)
     team = [_start(job, Place(i, n)) for i in range(min(n, len(todo)))]
     try:
-        while todo or any(member.blocks for member in team):
+        while _fill(todo, rest, AHEAD * n) or any(member.blocks for member in team):
             for member in team:
                 _hand_out(member, todo, deaths)
             ready = wait([one for member in team for one in (member.connection, member.process.sentinel)])
@@ -84,6 +86,12 @@ def _start(job: Job, place: Place, *, barren: int = 1) -> _Member:
     process.start()
     theirs.close()
     return _Member(place, process, ours, barren=barren)
+
+
+def _fill(todo: deque[int], rest: Iterator[int], n: int) -> bool:
+    """Have so many blocks at hand, if there are; there may be far too many to hold them all."""
+    todo.extend(islice(rest, max(0, n - len(todo))))
+    return bool(todo)
 
 
 def _hand_out(member: _Member, todo: deque[int], deaths: Counter[int]) -> None:

@@ -79,7 +79,7 @@ class Engine:
         )
         return z, y, x
 
-    def run(self, job: Job, todo: list[int], outcome: Outcome) -> None:
+    def run(self, job: Job, todo: Sequence[int], outcome: Outcome) -> None:
         """Do blocks of a job."""
         if self.scheduler is not None:
             from synmlops.blockwise.cluster import run_dask
