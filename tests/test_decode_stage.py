@@ -25,9 +25,10 @@ from synmlops.synapses import decoding
 from synmlops.synapses.blocks import Source, Summary, Task, label_block
 from synmlops.synapses.instances import decode_pairs, decode_union
 from synmlops.synapses.partners import partners_of
+from synmlops.volumes.prepared import Box
 from synmlops.volumes.probabilities import probabilities_writer
 from synmlops.volumes.store import Grid, open_volume, write_hdf5
-from synmlops.volumes.table import edges_of, read_table
+from synmlops.volumes.table import edges_of, moved_voxels, read_table
 from synmlops.volumes.zarr import create_zarr
 
 GRID = Grid((40.0, 8.0, 8.0), (80.0, 0.0, 16.0))
@@ -53,12 +54,14 @@ def neurons_file(path: Path, shape: tuple[int, int, int] = SHAPE) -> Path:
     return path
 
 
-def expected(values: NDArray[np.uint8], neurons: NDArray[Any] | None) -> tuple[NDArray[Any], pd.DataFrame]:
+def expected(
+    values: NDArray[np.uint8], neurons: NDArray[Any] | None, start_zyx: tuple[int, int, int] = (0, 0, 0)
+) -> tuple[NDArray[Any], pd.DataFrame]:
     ids = decode_pairs(values, threshold=0.5, side_threshold=0.5, min_voxels=20)
     table = partners_of(
         ids,
         voxel_nm=GRID.voxel_nm,
-        offset_nm=GRID.offset_nm,
+        offset_nm=GRID.cropped(start_zyx).offset_nm,
         probabilities_czyx=values,
         neurons=neurons,
         min_side_voxels=3,
@@ -93,6 +96,57 @@ def test_files_hold_what_the_whole_volume_gives(tmp_path: Path, suffix: str) -> 
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         ["edges.csv", "edges.parquet", f"instances{suffix}", "partners.csv", "partners.parquet"]
     )
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".zarr"])
+def test_a_region_lies_where_it_does_in_the_volume(tmp_path: Path, suffix: str) -> None:
+    values, roi = made_up(), Box((2, 8, 11), (8, 40, 44))
+    neurons = neurons_file(tmp_path / "n.h5")
+    decode.run(
+        written(tmp_path / "p.h5", values),
+        out=tmp_path / "out",
+        params=PARAMS,
+        threshold=0.5,
+        neurons=str(neurons),
+        roi=roi,
+        block_zyx=(4, 16, 32),
+        suffix=suffix,
+    )
+    with open_volume(neurons) as volume:
+        ids, table = expected(values[(slice(None), *roi.slices)], volume.read()[roi.slices], roi.start_zyx)
+    assert len(table) > 5
+    with open_volume(tmp_path / "out" / f"instances{suffix}") as volume:
+        assert volume.grid == GRID.cropped(roi.start_zyx)
+        np.testing.assert_array_equal(volume.read(), ids)
+    pd.testing.assert_frame_equal(
+        read_table(tmp_path / "out" / "partners.parquet"), moved_voxels(table, roi.start_zyx)
+    )
+
+
+def test_regions_with_a_margin_give_the_table_of_the_whole(tmp_path: Path) -> None:
+    """Rows are kept by where their pre end lies; no site is larger than the margin."""
+    values = made_up()
+    values[:, :, :, 20:26] = 0  # the middle of which parts what would be larger
+    source = written(tmp_path / "p.h5", values)
+    _, whole = expected(values, None)
+    kept = []
+    for number, (low, high, start, stop) in enumerate([(0, 23, 0, 30), (23, 48, 16, 48)]):
+        out = tmp_path / f"out{number}"
+        roi = Box((0, 0, start), (*SHAPE[:2], stop))
+        decode.run(source, out=out, params=PARAMS, threshold=0.5, roi=roi)
+        table = read_table(out / "partners.parquet")
+        kept.append(table[(table.pre_x >= low) & (table.pre_x < high)])
+    columns = [name for name in whole.columns if name not in ("site", "partner")]
+    joined = pd.concat(kept)[columns].sort_values(columns, ignore_index=True)
+    pd.testing.assert_frame_equal(joined, whole[columns].sort_values(columns, ignore_index=True))
+
+
+def test_a_region_beyond_the_volume_is_refused(tmp_path: Path) -> None:
+    source = written(tmp_path / "p.h5", made_up())
+    with pytest.raises(SynmlopsError, match=r"--roi ends at \(8, 40, 49\), beyond"):
+        decode.run(
+            source, out=tmp_path / "out", params=PARAMS, threshold=0.5, roi=Box((0, 0, 0), (8, 40, 49))
+        )
 
 
 def test_two_processes_write_zarr(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from block_tools import SHAPE, a_job, expected
 from distributed import LocalCluster
 
 from synmlops.blockwise.cluster import run_dask
+from synmlops.blockwise.grid import BlockGrid
 from synmlops.blockwise.here import run_here
 from synmlops.blockwise.job import MOST_FAILED_IN_A_ROW, Job, Outcome
 from synmlops.blockwise.marks import Marks
@@ -171,6 +173,46 @@ def test_reading_and_writing_go_on_while_a_block_is_computed(tmp_path: Path) -> 
 
     run_here(Job("slow", job.grid, lambda place: Slow(), job.marks), range(4), tell=Outcome().tell)
     assert order == [("write", index) for index in range(4)]
+
+
+def test_blocks_are_drawn_as_they_are_needed(run: Run, tmp_path: Path) -> None:
+    """There may be more of them than memory holds."""
+    job, drawn, ended, ahead = a_job(tmp_path), 0, 0, []
+
+    def numbers() -> Iterator[int]:
+        nonlocal drawn
+        for index in range(len(job.grid)):
+            drawn += 1
+            yield index
+
+    def tell(index: int, reason: str | None) -> None:
+        nonlocal ended
+        ahead.append(drawn - ended)
+        ended += 1
+
+    run(job, numbers(), tell=tell)
+    assert ended == len(job.grid) == 30
+    assert max(ahead) <= 12  # three for each of two workers of two threads
+
+
+def test_marks_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = np.random.default_rng(0).permutation(2000)
+    (tmp_path / "a.txt").write_text("".join(f"{index}\n" for index in order[:900]))
+    (tmp_path / "b.txt").write_text("".join(f"{index}\n" for index in order[900:1500]) + str(order[1500]))
+    monkeypatch.setattr("synmlops.blockwise.marks.PIECE_BYTES", 50)
+    assert np.flatnonzero(Marks(tmp_path).done(2000)).tolist() == sorted(order[:1500].tolist())
+
+
+def test_numbers_of_blocks_take_eight_bytes(tmp_path: Path) -> None:
+    """As a list, a hundred million of them would take four gigabytes."""
+    n = 300_000
+    job = Job("many", BlockGrid(Box((0, 0, 0), (n, 8, 8)), (1, 8, 8)), lambda place: None, tmp_path)
+    tracemalloc.start()
+    todo = job.todo((2, 2))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (len(todo), todo[0], todo[-1]) == (n // 2, 1, n - 1)
+    assert peak < 2 * n + 3 * 8 * n / 2  # marks, and no more than three arrays of the numbers
 
 
 def test_a_torn_mark_counts_for_nothing(tmp_path: Path) -> None:

@@ -80,8 +80,12 @@ class Job:
         """
         number, of = part
         done = Marks(self.marks).done(len(self.grid))
-        left = np.flatnonzero(~done[number - 1 :: of]) * of + (number - 1)
-        return array("q", left.astype(np.int64).tobytes())
+        left = np.flatnonzero(~done[number - 1 :: of])
+        left *= of
+        left += number - 1
+        numbers = array("q")
+        numbers.frombytes(left.data.cast("B"))
+        return numbers
 
 
 Tell = Callable[[int, str | None], None]

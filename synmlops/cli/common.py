@@ -5,11 +5,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from synmlops.params import IncompleteError, SynmlopsError
+
+if TYPE_CHECKING:
+    from synmlops.volumes.prepared import Box
 
 _Number = TypeVar("_Number", int, float)
 
@@ -78,6 +81,35 @@ def _triple(
     except ValueError as error:
         raise SynmlopsError(f"{option} {text}: give {wanted}") from error
     return z, y, x
+
+
+def box_of(roi: str | None) -> "Box | None":
+    """Read --roi, `z0:z1,y0:y1,x0:x1`.
+
+    Raises
+    ------
+    SynmlopsError
+        If it is anything else, or empty.
+
+    Examples
+    --------
+    >>> box_of("0:16,100:356,0:256")
+    Box(start_zyx=(0, 100, 0), stop_zyx=(16, 356, 256))
+    """
+    from synmlops.volumes.prepared import Box
+
+    if roi is None:
+        return None
+    try:
+        (z0, z1), (y0, y1), (x0, x1) = (map(int, part.split(":")) for part in roi.split(","))
+    except ValueError as error:
+        raise SynmlopsError(
+            f"--roi {roi}: give voxels as z0:z1,y0:y1,x0:x1, such as 0:16,0:256,0:256"
+        ) from error
+    box = Box((z0, y0, x0), (z1, y1, x1))
+    if min(box.start_zyx) < 0 or min(box.shape_zyx) < 1:
+        raise SynmlopsError(f"--roi {roi}: holds no voxel; each end lies after its start")
+    return box
 
 
 def suffix_of(format: str | None) -> str | None:

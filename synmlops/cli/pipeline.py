@@ -12,6 +12,7 @@ from synmlops.cli.common import (
     PredictedFolder,
     PreparedFolder,
     app,
+    box_of,
     part_of,
     suffix_of,
     three_numbers,
@@ -172,7 +173,7 @@ def infer(
         out=out,
         params=settings.infer,
         engine=Engine(gpus, processes, scheduler, part_of(part), three_voxels("--block", block, least=1)),
-        view=stage.View(three_numbers(voxel_nm), stage.parse_roi(roi) if roi else None, mask, resample),
+        view=stage.View(three_numbers(voxel_nm), box_of(roi), mask, resample),
         suffix=suffix_of(format),
         tracked=track,
     )

@@ -11,6 +11,7 @@ from synmlops.cli.common import (
     PredictedFolder,
     PreparedFolder,
     app,
+    box_of,
     suffix_of,
     three_numbers,
     three_voxels,
@@ -36,6 +37,7 @@ def decode(
     neurons: Annotated[
         str | None, typer.Option(help="Segmentation on the same voxels, to tell partners apart by neuron.")
     ] = None,
+    roi: Annotated[str | None, typer.Option(help="Region in voxels, z0:z1,y0:y1,x0:x1.")] = None,
     block: Annotated[
         str | None, typer.Option(help="Voxels that a process reads at once, z,y,x; default: 64,512,512.")
     ] = None,
@@ -58,6 +60,7 @@ def decode(
         params=settings,
         threshold=chosen.value,
         neurons=neurons,
+        roi=box_of(roi),
         block_zyx=three_voxels("--block", block, least=1) or stage.BLOCK_ZYX,
         processes=processes,
         suffix=suffix,

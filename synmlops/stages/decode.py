@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from synmlops.blockwise.grid import BlockGrid
 from synmlops.layout import WHOLE
@@ -104,6 +105,7 @@ def run(
     params: EvaluateParams,
     threshold: float,
     neurons: str | None = None,
+    roi: Box | None = None,
     block_zyx: tuple[int, int, int] = BLOCK_ZYX,
     processes: int = 1,
     suffix: str | None = None,
@@ -120,6 +122,9 @@ def run(
     threshold : float
     neurons : str, optional
         Volume of neuron ids on the same voxels.
+    roi : Box, optional
+        What of the volume is decoded. Instances have its shape, and lie where it does in nm; voxels of the
+        table are those of the volume.
     block_zyx : tuple of int
         Voxels read at once by each process.
     processes : int
@@ -130,7 +135,8 @@ def run(
     Raises
     ------
     SynmlopsError
-        If a file cannot be read or written, ends early, or the volumes do not fit together.
+        If a file cannot be read or written, ends early, the volumes do not fit together, or `roi` leaves
+        them.
     """
     with open_probabilities(probabilities) as volume:
         has_sides = _knows_sides(probabilities, volume.attrs["channels"])
@@ -138,9 +144,9 @@ def run(
         shape = volume.shape[1], volume.shape[2], volume.shape[3]
     scale = params.polarity.scale_zyx if params.rule == "polarity" else UNSCALED
     suffix = suffix or (".h5" if processes == 1 or scale != UNSCALED else ".zarr")
-    _refuse_scale(scale, shape, suffix)
     assert grid is not None  # else it was refused
-    blocks = BlockGrid(Box((0, 0, 0), shape), block_zyx)
+    blocks = BlockGrid(_within(roi, shape, name), block_zyx)
+    _refuse_scale(scale, blocks.region.shape_zyx, suffix)
     instances = out / f"instances{suffix}"
     kind = "pairs" if has_sides else "union"
     if params.rule == "polarity" and params.polarity.semantic:
@@ -177,6 +183,14 @@ def run(
         n_edges = len(edges)
     n_partners = None if decoding.table is None else len(decoding.table)
     return Written(decoding.n_sites, n_partners, n_edges, tuple(files), tuple(notes))
+
+
+def _within(roi: Box | None, shape: tuple[int, int, int], name: str) -> Box:
+    if roi is None:
+        return Box((0, 0, 0), shape)
+    if any(stop > n for stop, n in zip(roi.stop_zyx, shape, strict=True)):
+        raise SynmlopsError(f"--roi ends at {roi.stop_zyx}, beyond {name} of {shape} voxels")
+    return roi
 
 
 def _refuse_scale(scale: tuple[float, float, float], shape: tuple[int, int, int], suffix: str) -> None:
@@ -216,6 +230,35 @@ def _neurons(source: str, shape: tuple[int, int, int]) -> Callable[[], Any]:
         return partial(open_volume, volume.name)
 
 
+@dataclass(frozen=True, eq=False)
+class _Moved:
+    """Takes ids by regions of the volume for what holds a part of it."""
+
+    target: Target
+    start_zyx: tuple[int, int, int]
+
+    def __setitem__(self, region: tuple[slice, slice, slice], ids: NDArray[Any], /) -> None:
+        self.target[_counted_from(self.start_zyx, region)] = ids
+
+
+@dataclass(frozen=True, eq=False)
+class _MovedShared:
+    """The same for what several processes write."""
+
+    target: SharedTarget
+    start_zyx: tuple[int, int, int]
+
+    def write(self, region: tuple[slice, slice, slice], array: NDArray[Any]) -> None:
+        self.target.write(_counted_from(self.start_zyx, region), array)
+
+
+def _counted_from(
+    start_zyx: tuple[int, int, int], region: tuple[slice, slice, slice]
+) -> tuple[slice, slice, slice]:
+    z, y, x = (slice(s.start - at, s.stop - at) for s, at in zip(region, start_zyx, strict=True))
+    return z, y, x
+
+
 @contextmanager
 def _instances(
     path: Path,
@@ -226,24 +269,24 @@ def _instances(
     scale_zyx: tuple[float, float, float] = UNSCALED,
 ) -> Iterator[Callable[[np.dtype[np.unsignedinteger]], Target | SharedTarget]]:
     """Give what makes the output once the type of the ids is known; it appears when all is written."""
-    attrs = {"label_kind": kind}
+    attrs, start, shape = {"label_kind": kind}, blocks.region.start_zyx, blocks.region.shape_zyx
     if path.suffix == ".h5":
         with ExitStack() as stack:
 
             def hdf5(dtype: np.dtype[np.unsignedinteger]) -> Target:
-                shape, wanted = blocks.region.shape_zyx, scaled_shape(blocks.region.shape_zyx, scale_zyx)
+                wanted = scaled_shape(shape, scale_zyx)
                 z, y, x = (n / max(m, 1) for n, m in zip(shape, wanted, strict=True))
                 made = stack.enter_context(
                     hdf5_writer(
                         path,
                         {"main": (wanted, dtype)},
-                        grid=grid.pooled((z, y, x)),
+                        grid=grid.cropped(start).pooled((z, y, x)),
                         attrs=attrs,
                         compression="gzip",
                     )
                 )
                 target: Target = made["main"]
-                return target if scale_zyx == UNSCALED else Scaled(target, shape, scale_zyx)
+                return _Moved(target if scale_zyx == UNSCALED else Scaled(target, shape, scale_zyx), start)
 
             yield hdf5
         return
@@ -252,15 +295,16 @@ def _instances(
 
         def zarr(dtype: np.dtype[np.unsignedinteger]) -> SharedTarget:
             chunk = [math.gcd(n, c) for n, c in zip(blocks.block_zyx, _CHUNK_ZYX, strict=True)]
-            return create_zarr(
+            made = create_zarr(
                 folder,
-                blocks.region.shape_zyx,
+                shape,
                 dtype,
                 shard=blocks.block_zyx,
                 chunk=chunk,
-                grid=grid,
+                grid=grid.cropped(start),
                 attrs=attrs,
             )
+            return _MovedShared(made, start)
 
         yield zarr
 

@@ -223,31 +223,6 @@ def _start_run(images: str, models: Sequence[str], files: Sequence[Path], params
     )
 
 
-def parse_roi(text: str) -> Box:
-    """Read `z0:z1,y0:y1,x0:x1`.
-
-    Raises
-    ------
-    SynmlopsError
-        If it is anything else, or empty.
-
-    Examples
-    --------
-    >>> parse_roi("0:16,100:356,0:256")
-    Box(start_zyx=(0, 100, 0), stop_zyx=(16, 356, 256))
-    """
-    try:
-        (z0, z1), (y0, y1), (x0, x1) = (map(int, part.split(":")) for part in text.split(","))
-    except ValueError as error:
-        raise SynmlopsError(
-            f"--roi {text}: give voxels as z0:z1,y0:y1,x0:x1, such as 0:16,0:256,0:256"
-        ) from error
-    box = Box((z0, y0, x0), (z1, y1, x1))
-    if min(box.start_zyx) < 0 or min(box.shape_zyx) < 1:
-        raise SynmlopsError(f"--roi {text}: holds no voxel; each end lies after its start")
-    return box
-
-
 def _local(model: str, stack: ExitStack) -> Path:
     """Give a file of a model; one of the registry becomes a temporary one."""
     if not model.startswith("models:/"):
