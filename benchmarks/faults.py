@@ -163,7 +163,7 @@ class Cluster:
 
     def _dask(self, what: str, *options: str) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", f"distributed.cli.dask_{what}", *options, "--no-dashboard"]
-        # a thread for each of two workers, as a nanny would give them: on a busy machine more of them only spin
+        # one thread, as a nanny would set it: on a busy machine more of them only spin
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, cwd=self._folder, env=environment, **QUIET)
 
