@@ -1,6 +1,6 @@
 """Decoding by block: ids, numbering and partner table are those of the whole volume, whatever the blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from synmlops.blockwise.grid import BlockGrid
+from synmlops.blockwise.grid import Block, BlockGrid
 from synmlops.params import EvaluateParams, SynmlopsError
 from synmlops.synapses import spool as spool_module
 from synmlops.synapses.decoding import decode_blocks
@@ -353,6 +353,40 @@ def test_progress_is_told() -> None:
     by_block(random_probabilities(1), (4, 9, 10), report=lambda done, note: told.append(done))
     assert told == list(range(1, len(told) + 1))
     assert len(told) >= 16
+
+
+def test_blocks_are_handed_out_as_they_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, n_blocks = on_every_corner(), 48
+    handed, at_read, at_write = [], [], []
+    every = BlockGrid.__iter__
+
+    def watched(blocks: BlockGrid) -> Iterator[Block]:
+        for block in every(blocks):
+            handed.append(block.index)
+            yield block
+
+    class Source:
+        shape = values.shape
+
+        def __getitem__(self, region: Any) -> Any:
+            at_read.append(len(handed))
+            return values[region]
+
+    class Target:
+        def __setitem__(self, region: Any, ids: Any) -> None:
+            at_write.append(len(handed))
+
+    monkeypatch.setattr(BlockGrid, "__iter__", watched)
+    decode_blocks(
+        Source(),
+        blocks=BlockGrid(Box((0, 0, 0), (18, 32, 32)), (6, 8, 8)),
+        grid=GRID,
+        params=PARAMS,
+        threshold=0.3,
+        out=lambda kind: Target(),
+    )
+    assert at_read == list(range(1, n_blocks + 1))
+    assert at_write == list(range(2 * n_blocks + 1, 3 * n_blocks + 1))  # read and joined, then written
 
 
 class EndsEarly:

@@ -6,6 +6,7 @@ partner table are summed up.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -89,6 +90,18 @@ class Summary:
     part_size: Indices  # (M,)
     part_first: Indices  # (M,) place in the region of its first voxel
 
+    def slight(self) -> "Summary":
+        """Give this, or where there is no component the one that stands for all such blocks."""
+        return self if len(self.size) else _NOTHING
+
+
+def _nothing() -> Summary:
+    none = np.empty(0, np.int64)
+    return Summary(none, none.astype(bool), none, none, none.astype(np.uint8), none, none)
+
+
+_NOTHING = _nothing()  # of most blocks of a sparse volume, which then take no memory each
+
 
 @dataclass(frozen=True, eq=False)
 class Links:
@@ -96,6 +109,16 @@ class Links:
 
     components: Indices  # (E, 4) block, component, block, component
     parts: Indices  # (F, 4) block, part, block, part
+
+    @property
+    def any(self) -> bool:
+        """Whether anything goes on."""
+        return len(self.components) > 0 or len(self.parts) > 0
+
+
+def each_block(task: Task, *, least: int = 1) -> Iterator[tuple[Block]]:
+    """Give the blocks one by one, for `Crew.map`; none where there are fewer than `least`."""
+    return ((block,) for block in task.blocks) if len(task.blocks) >= least else iter(())
 
 
 def read_block(block: Block, probabilities: Source) -> NDArray[np.uint8]:

@@ -7,6 +7,7 @@ What stays in memory besides a block is a few numbers for each component that ma
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple, dataclass, fields
+from itertools import tee
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -25,6 +26,7 @@ from synmlops.synapses.blocks import (
     Summary,
     Task,
     decode_block,
+    each_block,
     join_block,
     label_block,
     nearest_in_block,
@@ -255,13 +257,13 @@ def _spool(scratch: Path | None, facts: Mapping[str, Any] | None) -> AbstractCon
 
 def _label(hands: Crew, task: Task, rules: SplitRules, counted: _Count, rule: PolarityRule | None) -> Sites:
     """Read every block, join what goes on from one into the next, and take touching synapses apart."""
-    every = [(block,) for block in task.blocks]
     if rule is None:
-        summaries = [counted(one) for one in hands.map(_label_one, every, task)]
+        labelled = map(counted, hands.map(_label_one, each_block(task), task))
+        summaries = [one.slight() for one in labelled]
     else:
         summaries = label_marked(hands, task, rule, counted)
-    joining = every if len(every) > 1 else []
-    links = [counted(one) for one in hands.map(_join_one, joining, task)]
+    joined_blocks = map(counted, hands.map(_join_one, each_block(task, least=2), task))
+    links = [one for one in joined_blocks if one.any]
     sites = settle(
         summaries,
         links,
@@ -283,14 +285,14 @@ def _write(
     kind = id_type(2 if task.semantic else 2 * sites.n if task.has_sides else sites.n)
     target = out(kind)
     shared = target if isinstance(target, SharedTarget) else None
-    jobs = [
+    jobs, ahead = tee(  # made as they are asked for: memory goes by the sites, not by the blocks
         (block, given, shared)
         for block in task.blocks
         if (given := sites.given(block.index)).any  # else it stays as it is, all zero
-    ]
+    )
     whole: list[Pieces] = []
     shares: list[tuple[Block, Pieces]] = []
-    for (block, *_), decoded in zip(jobs, hands.map(_decode_one, jobs, task, kind), strict=True):
+    for (block, *_), decoded in zip(jobs, hands.map(_decode_one, ahead, task, kind), strict=True):
         counted(decoded)
         if not isinstance(target, SharedTarget):
             _put(target, block, decoded, kind)

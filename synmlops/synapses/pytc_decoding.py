@@ -22,6 +22,7 @@ from synmlops.params import CHANNELS, SCALE, PolarityParams
 from synmlops.synapses.blocks import (
     Summary,
     Task,
+    each_block,
     lay_aside,
     links,
     near_faces,
@@ -85,12 +86,11 @@ def label_marked(hands: Crew, task: Task, rule: PolarityRule, counted: Callable[
     counted : function
         Called with each result of a block; gives it back.
     """
-    every = [(block,) for block in task.blocks]
-    sizes = [counted(one) for one in hands.map(_mark_block, every, task, rule)]
-    joining = every if len(every) > 1 else []
-    pairs = [counted(one) for one in hands.map(_join_objects, joining, task)]
+    sizes = [counted(one) for one in hands.map(_mark_block, each_block(task), task, rule)]
+    joined_blocks = map(counted, hands.map(_join_objects, each_block(task, least=2), task))
+    pairs = [one for one in joined_blocks if len(one)]
     kept = _large(sizes, pairs, min_voxels=rule.min_voxels)
-    jobs = list(zip(task.blocks, kept, strict=True))
+    jobs = zip(task.blocks, kept, strict=True)
     return [counted(one) for one in hands.map(_label_block, jobs, task)]
 
 
