@@ -21,6 +21,7 @@ from volume_tools import aged, seen_elsewhere
 
 from synmlops.blockwise.folder import JobFolder
 from synmlops.cli import main
+from synmlops.learning import block_prediction
 from synmlops.learning.block_prediction import Mask, measure_grey
 from synmlops.learning.checkpoint import ModelMeta, load_model, save_model
 from synmlops.learning.networks.registry import build_network
@@ -98,6 +99,16 @@ def test_blocks_are_the_whole(
     assert np.ptp(found.values_czyx) > 100
     assert same(found.values_czyx, case.whole())
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+def test_memory_is_given_back_after_each_block(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[None] = []
+    monkeypatch.setattr(block_prediction, "give_back_freed_memory", lambda: given.append(None))
+    [path] = infer(case, tmp_path, suffix=".zarr")
+    shards = [one for one in path.joinpath("0", "c").rglob("*") if one.is_file()]  # one for each block
+    assert len(given) == len(shards) > 4
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".zarr"])

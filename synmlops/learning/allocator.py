@@ -20,13 +20,34 @@ def keep_freed_memory(keep: bool = True) -> bool:
     keep : bool
         False goes back to the defaults, and gives back what was kept.
     """
-    if sys.platform != "linux":
-        return False
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):
+    library = _glibc()
+    if library is None:
         return False
     trim, maps = (_NEVER, 0) if keep else _DEFAULTS
     done = bool(library.mallopt(_TRIM_THRESHOLD, trim) and library.mallopt(_MMAP_MAX, maps))
     if not keep:
         library.malloc_trim(0)
     return done
+
+
+def give_back_freed_memory() -> bool:
+    """Give what is free now back to the system, wherever it lies; True where that can be done.
+
+    Where threads hold large arrays for different times, what is kept goes to pieces: a new array fits into none
+    of the gaps, and the memory of the process grows though no more of it is in use. Called now and then, this
+    bounds it, and what was asked of `keep_freed_memory` goes on. It takes some 30 ms, and clearing the pages
+    that are used again. Does nothing where the C library is another than glibc.
+    """
+    library = _glibc()
+    if library is None:
+        return False
+    library.malloc_trim(0)
+    return True
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """Give the C library, if it is glibc."""
+    if sys.platform != "linux":
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "gnu_get_libc_version") else None

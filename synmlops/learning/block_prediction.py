@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from synmlops.blockwise.grid import Block
 from synmlops.blockwise.job import Place, Worker
-from synmlops.learning.allocator import keep_freed_memory
+from synmlops.learning.allocator import give_back_freed_memory, keep_freed_memory
 from synmlops.learning.checkpoint import load_model
 from synmlops.learning.distributed import device_of
 from synmlops.learning.memory import is_out_of_memory
@@ -131,13 +131,16 @@ class _Worker:
         if data is None:
             return None
         try:
-            return self.predictor.begin(data.image, block.write, mask=data.mask)
+            begun = self.predictor.begin(data.image, block.write, mask=data.mask)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise SynmlopsError(
                 "infer ran out of memory; lower infer.batch_size, infer.window_zyx or --block-zyx"
             ) from error
+        if begun.ready is None:  # computed here, not on a GPU
+            give_back_freed_memory()  # else the memory of the process grows from block to block
+        return begun
 
     def write(self, block: Block, result: Pending | None) -> None:
         levels = None if result is None else result.result()
