@@ -33,10 +33,10 @@ def keep_freed_memory(keep: bool = True) -> bool:
 def give_back_freed_memory() -> bool:
     """Give what is free now back to the system, wherever it lies; True where that can be done.
 
-    Where threads hold large arrays for different times, what is kept goes to pieces: a new array fits into none
-    of the gaps, and the memory of the process grows though no more of it is in use. Called now and then, this
-    bounds it, and what was asked of `keep_freed_memory` goes on. It takes some 30 ms, and clearing the pages
-    that are used again. Does nothing where the C library is another than glibc.
+    Where threads hold large arrays for different times, what is kept goes to pieces: a new array fits into
+    none of the gaps, and the memory of the process grows though no more of it is in use. Called now and then,
+    this bounds it, and what was asked of `keep_freed_memory` goes on. It takes some 30 ms, and clearing the
+    pages that are used again. Does nothing where the C library is another than glibc.
     """
     library = _glibc()
     if library is None:
