@@ -136,7 +136,7 @@ class _Worker:
             if not is_out_of_memory(error):
                 raise
             raise SynmlopsError(
-                "infer ran out of memory; lower infer.batch_size, infer.window_zyx or --block-zyx"
+                "infer ran out of memory; lower infer.batch_size, infer.window_zyx or --block"
             ) from error
         if begun.ready is None:  # computed here, not on a GPU
             give_back_freed_memory()  # else the memory of the process grows from block to block
