@@ -3,7 +3,7 @@
 import ctypes
 import sys
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # Source: malloc.h of glibc
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # Source: malloc.h of glibc
 _NEVER = 2**31 - 1  # bytes at the end of the heap before they are given back
 _DEFAULTS = 128 * 1024, 65536
 
@@ -43,6 +43,16 @@ def give_back_freed_memory() -> bool:
         return False
     library.malloc_trim(0)
     return True
+
+
+def share_one_heap() -> bool:
+    """Have threads that are yet to come share one heap; True where that can be done.
+
+    By default glibc gives each thread a heap of its own, of which others cannot use what is free. It cannot
+    be undone. Does nothing where the C library is another than glibc.
+    """
+    library = _glibc()
+    return library is not None and bool(library.mallopt(_ARENA_MAX, 1))
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from synmlops.blockwise.grid import Block
 from synmlops.blockwise.job import Place, Worker
-from synmlops.learning.allocator import give_back_freed_memory, keep_freed_memory
+from synmlops.learning.allocator import give_back_freed_memory, keep_freed_memory, share_one_heap
 from synmlops.learning.checkpoint import load_model
 from synmlops.learning.distributed import device_of
 from synmlops.learning.memory import is_out_of_memory
@@ -90,6 +90,7 @@ class PredictBlocks:
         """Open the volumes and load the models, in the process that is to work."""
         device = device_of(place.number, self.gpus)
         if device.type == "cpu":
+            share_one_heap()  # before the threads of whatever reads and writes begin
             keep_freed_memory()  # every window allocates the same again
             if place.of > 1:
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.of))
@@ -147,6 +148,8 @@ class _Worker:
         if levels is not None and levels.any():  # the output is zero to begin with
             start = self.predictor.region.start_zyx
             self.out.write(block.write.moved(-at for at in start), levels)
+        if result is None or result.ready is None:
+            give_back_freed_memory()  # what the output took to encode it
 
 
 class Mask:

@@ -16,6 +16,7 @@ from synmlops.blockwise.grid import BlockGrid
 from synmlops.blockwise.here import run_here
 from synmlops.blockwise.job import Job, Outcome
 from synmlops.blockwise.processes import run_processes
+from synmlops.learning.allocator import share_one_heap
 from synmlops.learning.block_prediction import (
     BLENDED_BLOCK_VOXELS,
     BLOCK_VOXELS,
@@ -153,6 +154,7 @@ def predict_volume(
     IncompleteError
         If blocks cannot be read. All others are kept, and another call tries those again.
     """
+    share_one_heap()
     folder, region = JobFolder(out), source.region
     digests = [sha256_of(path) for path in models]
     kept = [folder.path / "models" / f"{digest[:16]}.safetensors" for digest in digests]
