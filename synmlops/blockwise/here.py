@@ -1,4 +1,4 @@
-"""The engine of one process: the next block is read while one is computed and the last two are written."""
+"""The engine of one process: the next block is read while one is computed and the last ones are written."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -9,9 +9,6 @@ from synmlops.blockwise.grid import Block
 from synmlops.blockwise.job import Job, Place, Tell, Worker
 from synmlops.blockwise.marks import Marks
 from synmlops.params import SynmlopsError
-
-WRITERS = 2
-"""Blocks that are written at a time: one is packed while the other waits for the disk."""
 
 
 def run_here(job: Job, indices: Iterable[int], *, tell: Tell) -> None:
@@ -51,7 +48,7 @@ def work(job: Job, indices: Iterable[int], *, worker: Worker, tell: Tell) -> Non
         marks.add(block.index)
         tell(block.index, None)
 
-    reader, writer = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(WRITERS, "write")
+    reader, writer = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(job.writers, "write")
     with Marks(job.marks) as marks:
         try:
             behind: deque[Future[None]] = deque()
@@ -59,7 +56,7 @@ def work(job: Job, indices: Iterable[int], *, worker: Worker, tell: Tell) -> Non
             while (item := ahead.result()) is not None:
                 ahead = reader.submit(read_next)
                 result = worker.compute(*item)
-                if len(behind) == WRITERS:  # no result waits for a writer but the last
+                if len(behind) == job.writers:  # no result waits for a writer but the last
                     behind.popleft().result()
                 behind.append(writer.submit(finish, item[0], result))
                 del item, result

@@ -58,12 +58,16 @@ class Job:
         instance of a module's class.
     marks : Path
         Folder of the marks of finished blocks, which all workers reach.
+    writers : int
+        Blocks that a process writes at a time; more than one where a block is packed and forced to the disk
+        more slowly than the next is computed.
     """
 
     name: str
     grid: BlockGrid
     start: Callable[[Place], Worker]
     marks: Path
+    writers: int = 1
 
     def todo(self, part: tuple[int, int] = (1, 1)) -> "array[int]":
         """Give the numbers of the blocks that are not done, of one of several equal parts.
