@@ -61,18 +61,18 @@ class Conv3d(nn.Conv3d):
         return result
 
     def _in_torch(self, image: Tensor) -> Tensor:
-        if self.padding_mode == "replicate" and any(self.padding) and gpu.takes(image):
-            padded: Tensor = _Padded.apply(image, self.padding)  # type: ignore[no-untyped-call]
-            return convolve(padded, self.weight, self.bias, self.stride)
-        if self.padding_mode == "zeros":
+        padded: Tensor
+        if self.padding_mode == "zeros" or not any(self.padding):
             return convolve(image, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
-        if self.kernel_size[0] == self.stride[0] == 1:
+        if self.padding_mode == "replicate" and gpu.takes(image):
+            padded = _Padded.apply(image, self.padding)  # type: ignore[no-untyped-call]
+        elif self.kernel_size[0] == self.stride[0] == 1:
             _, y, x = (size // 2 for size in self.kernel_size)
-            padded = functional.pad(_planes(image), (x, x, y, y), mode=self.padding_mode)
-            return _volume(
-                functional.conv2d(padded, self.weight.squeeze(2), self.bias, self.stride[1:]), len(image)
-            )
-        return super().forward(image)
+            planes = functional.pad(_planes(image), (x, x, y, y), mode=self.padding_mode)
+            padded = _volume(planes, len(image))
+        else:
+            return super().forward(image)
+        return convolve(padded, self.weight, self.bias, self.stride)
 
     def _is_native(self, image: Tensor) -> bool:
         return (

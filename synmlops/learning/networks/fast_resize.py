@@ -80,11 +80,15 @@ def _gathered(grad: Tensor, size: torch.Size, *, aligned: bool) -> Tensor:
     return (along_z.T @ flat).reshape(n, z, y, x, channels).permute(0, 4, 1, 2, 3)
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(64)  # called in backward alone: no tensor of inference mode is kept
 def _weights(low: int, high: int, aligned: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _shares(low, high, aligned=aligned).to(device, dtype)
+
+
+def _shares(low: int, high: int, *, aligned: bool) -> Tensor:
     """Give the share of each of `low` voxels in each of the `high` that are interpolated: (high, low)."""
     unit = torch.eye(low)[None]
-    return functional.interpolate(unit, high, mode="linear", align_corners=aligned)[0].T.to(device, dtype)
+    return functional.interpolate(unit, high, mode="linear", align_corners=aligned)[0].T
 
 
 def _along_z(low: Tensor, depth: int) -> Tensor:
@@ -93,10 +97,9 @@ def _along_z(low: Tensor, depth: int) -> Tensor:
     n, channels, z, y, x = low.shape
     if z == depth:
         return low
-    unit = torch.eye(z).reshape(1, z, z, 1)  # channels, z, y of an image of unit vectors
-    weights = functional.interpolate(unit, (depth, 1), mode="bilinear", align_corners=True).reshape(z, depth)
     flat = low.permute(0, 2, 3, 4, 1).reshape(n, z, -1)
-    return (weights.T @ flat).reshape(n, depth, y, x, channels).permute(0, 4, 1, 2, 3)
+    mixed = _shares(z, depth, aligned=True) @ flat
+    return mixed.reshape(n, depth, y, x, channels).permute(0, 4, 1, 2, 3)
 
 
 class _UpsampleAdd(torch.autograd.Function):
