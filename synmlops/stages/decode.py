@@ -19,7 +19,7 @@ from synmlops.progress import track
 from synmlops.synapses.decoding import SharedTarget, Target, decode_blocks, passes_of
 from synmlops.synapses.pytc_decoding import Scaled, scaled_shape
 from synmlops.volumes.files import atomic_folder, atomic_path
-from synmlops.volumes.prepared import Box
+from synmlops.volumes.prepared import Box, box_within
 from synmlops.volumes.probabilities import open_probabilities
 from synmlops.volumes.store import Grid, hdf5_writer, open_volume
 from synmlops.volumes.table import edges_of, write_frame, write_table
@@ -145,7 +145,7 @@ def run(
     scale = params.polarity.scale_zyx if params.rule == "polarity" else UNSCALED
     suffix = suffix or (".h5" if processes == 1 or scale != UNSCALED else ".zarr")
     assert grid is not None  # else it was refused
-    blocks = BlockGrid(_within(roi, shape, name), block_zyx)
+    blocks = BlockGrid(box_within(roi, shape, name), block_zyx)
     _refuse_scale(scale, blocks.region.shape_zyx, suffix)
     instances = out / f"instances{suffix}"
     kind = "pairs" if has_sides else "union"
@@ -183,14 +183,6 @@ def run(
         n_edges = len(edges)
     n_partners = None if decoding.table is None else len(decoding.table)
     return Written(decoding.n_sites, n_partners, n_edges, tuple(files), tuple(notes))
-
-
-def _within(roi: Box | None, shape: tuple[int, int, int], name: str) -> Box:
-    if roi is None:
-        return Box((0, 0, 0), shape)
-    if any(stop > n for stop, n in zip(roi.stop_zyx, shape, strict=True)):
-        raise SynmlopsError(f"--roi ends at {roi.stop_zyx}, beyond {name} of {shape} voxels")
-    return roi
 
 
 def _refuse_scale(scale: tuple[float, float, float], shape: tuple[int, int, int], suffix: str) -> None:

@@ -18,7 +18,7 @@ from synmlops.tracking.record import RunRecord
 from synmlops.tracking.runs import StageRun
 from synmlops.volumes.files import atomic_folder, sha256_of
 from synmlops.volumes.labels import IMAGE_DTYPES, check_image
-from synmlops.volumes.prepared import Box, read_manifest
+from synmlops.volumes.prepared import Box, box_within, read_manifest
 from synmlops.volumes.resampled import Resampled
 from synmlops.volumes.store import Grid, Volume, open_volume, split_joined
 
@@ -255,11 +255,7 @@ def _source(image: str, view: View, *, model_nm: tuple[float, float, float]) -> 
             check_image(volume)
         grid = _known_grid(volume, view.voxel_nm)
         factors = _factors(volume.name, grid, model_nm, resample=view.resample)
-        roi = view.roi or Box((0, 0, 0), _three(volume.shape))
-        if any(stop > n for stop, n in zip(roi.stop_zyx, volume.shape, strict=True)):
-            raise SynmlopsError(
-                f"--roi ends at {roi.stop_zyx}, beyond {volume.name} of {volume.shape} voxels"
-            )
+        roi = box_within(view.roi, volume.shape, volume.name)
         shape = Resampled(volume, factors).shape
     starts = [int(at / factor) for at, factor in zip(roi.start_zyx, factors, strict=True)]
     stops = [

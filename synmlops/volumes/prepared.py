@@ -12,7 +12,7 @@ memory map:
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -65,6 +65,22 @@ class Box:
         """The box as an index of a z, y, x array."""
         z, y, x = (slice(start, stop) for start, stop in zip(self.start_zyx, self.stop_zyx, strict=True))
         return z, y, x
+
+
+def box_within(roi: Box | None, shape_zyx: Sequence[int], name: str) -> Box:
+    """Give the region that `--roi` names of a volume; all of it where it names none.
+
+    Raises
+    ------
+    SynmlopsError
+        If it reaches beyond the volume.
+    """
+    z, y, x = shape_zyx
+    if roi is None:
+        return Box((0, 0, 0), (z, y, x))
+    if any(stop > n for stop, n in zip(roi.stop_zyx, shape_zyx, strict=True)):
+        raise SynmlopsError(f"--roi ends at {roi.stop_zyx}, beyond {name} of {(z, y, x)} voxels")
+    return roi
 
 
 @dataclass(frozen=True)
