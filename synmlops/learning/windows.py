@@ -17,7 +17,9 @@ from synmlops.learning_params import InferParams, WindowParams
 from synmlops.volumes.prepared import Box
 
 TIDY = 8
-"""Cells wider than this are a multiple of it where that costs no window, so that chunks are of even sizes."""
+"""Cells wider than this are a multiple of it where that costs nothing, so that chunks are of even sizes."""
+GROWTH = 1 / 8
+"""By how much of its size a window may grow, so that one fewer covers the region."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,10 @@ def windows_over(
 ) -> tuple[AxisWindows, AxisWindows, AxisWindows]:
     """Lay windows over a region of a volume, along z, y and x.
 
+    Each answers for a cell and sees `overlap / 2` of the asked window beyond it on every side. They spread
+    evenly and are as large as that takes: smaller than was asked, or up to an eighth larger where one fewer
+    then does.
+
     Parameters
     ----------
     region : Box
@@ -213,7 +219,7 @@ def windows_over(
     ...     Box((0, 0, 0), (32, 500, 10_000)), shape_zyx=(32, 500, 10_000), pool_zyx=(4, 8, 8), params=params
     ... )
     >>> [(len(axis), axis.cell, axis.size) for axis in (z, y, x)]
-    [(3, 12, 16), (3, 168, 256), (53, 192, 256)]
+    [(3, 12, 16), (2, 256, 288), (53, 192, 256)]
     """
     z, y, x = (
         _along(start, stop, extent=n, window=window, pool=pool, params=params)
@@ -228,15 +234,31 @@ def _along(
     start: int, stop: int, *, extent: int, window: int, pool: int, params: WindowParams
 ) -> AxisWindows:
     more = int(window > pool > 1 and window % pool == 1)
-    size = min(window, math.ceil((extent - more) / pool) * pool + more)
-    greatest = max(1, size - 2 * round(size * params.overlap / 2))
-    if size >= extent:  # one window sees all there is
-        greatest = max(greatest, stop - start)
-    n = math.ceil((stop - start) / greatest)
-    cell = math.ceil((stop - start) / n)  # windows spread evenly: what is left over widens the margins
-    if cell > TIDY:
-        cell = min(greatest, math.ceil(cell / TIDY) * TIDY)
-    fade = min(round(size * params.overlap / 2 * params.fade), cell // 2)
+
+    def fitting(voxels: int) -> int:
+        return math.ceil((voxels - more) / pool) * pool + more
+
+    span, asked = stop - start, min(window, fitting(extent))
+    margin = min(round(asked * params.overlap / 2), (asked - 1) // 2)
+
+    def laid(n: int) -> tuple[int, int, int]:
+        """Give what is computed, the size of windows and of cells."""
+        ends = 2 if n > 2 or span < extent else n - 1  # beyond the volume's own ends no margin is needed
+        least = math.ceil(span / n)
+        size = min(fitting(least + ends * margin), fitting(extent))
+        tidy = math.ceil(least / TIDY) * TIDY if least > TIDY else least
+        return n * size, size, max(least, min(tidy, size - ends * margin))
+
+    greatest = asked - 2 * margin
+    n = 1 if asked >= extent else math.ceil(span / greatest)
+    computed, size, cell = laid(n)
+    if n == 1:
+        size = asked
+    else:
+        fewer = laid(n - 1)
+        if fewer[0] <= computed and fewer[1] <= asked * (1 + GROWTH):
+            _, size, cell = fewer
+    fade = min(round(asked * params.overlap / 2 * params.fade), cell // 2)
     return AxisWindows(extent, start, stop, size, cell, fade)
 
 
