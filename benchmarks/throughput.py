@@ -3,12 +3,13 @@
     pip install --no-deps monai==1.6.1  # or the extra: pip install -e .[bench]
     python benchmarks/throughput.py --model polarity.safetensors
 
-Both sides predict a phantom of 32 x 512 x 512 voxels with the same weights of the incumbent's polarity
+Both sides predict phantoms of 32 x 512 x 512 voxels with the same weights of the incumbent's polarity
 network (plus U-Net, residual squeeze-excite, widths 32, 64, 96, 128, 192, group norm) from an HDF5 file into
 an HDF5 file. MONAI's side is what the field runs: `sliding_window_inference`, windows of 8 x 256 x 256,
 overlap 0.5, Gaussian blending, float32, the network in plain PyTorch. Ours is run with several overlaps; F1
 says what they cost: of union voxels at the best threshold, of synapses (IoU 0.5) and of partners at that
-threshold. The sides take turns, each in a process of its own.
+threshold, each the mean of the phantoms. The sides take turns, each in a process of its own. With `--alone`
+any model will do.
 
 If the model file is not there, it is trained first, on the phantoms of params.yaml, for `--steps` steps.
 """
@@ -18,7 +19,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,6 @@ from synmlops.learning.networks.report import gflop_per_megavoxel
 from synmlops.learning.pytc_weights import from_pytc
 from synmlops.learning.sampling import train_regions
 from synmlops.learning.volume_prediction import Engine, predict_volume
-from synmlops.learning.windows import windows_over
 from synmlops.params import CHANNELS, InferParams, Params, PhantomParams, load_params
 from synmlops.stages.prepare import run as run_prepare
 from synmlops.synapses.voxels import voxel_histograms
@@ -50,7 +50,6 @@ from synmlops.volumes.probabilities import probabilities_writer, read_probabilit
 from synmlops.volumes.store import open_volume, write_hdf5
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
-SHAPE = (32, 512, 512)
 WINDOW = (8, 256, 256)
 OURS = ["8,256,256:0", "8,256,256:0.125", "8,256,256:0.25", "8,256,256:0.5", "16,256,256:0", "32,256,256:0"]
 
@@ -61,10 +60,9 @@ class Side:
 
     name: str
     run: Callable[[Path, Path, Path], None]  # model, image, output
-    windows: int  # that it computes
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[list[float]]  # of each phantom, a turn each
     mebibytes: float = 0.0
-    out: Path | None = None
+    scores: list[Sequence[float]] = field(default_factory=list)  # of each phantom
 
 
 def main() -> None:
@@ -78,31 +76,39 @@ def main() -> None:
     parser.add_argument("--ours", nargs="+", default=OURS, help="Windows z,y,x:overlap of our side.")
     parser.add_argument("--alone", action="store_true", help="Leave MONAI out.")
     parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=101, help="Of the phantom that is predicted.")
+    parser.add_argument("--seed", type=int, nargs="+", default=[101], help="Of the phantoms.")
+    parser.add_argument("--size", default="32,512,512", help="Of a phantom: z,y,x.")
     args = parser.parse_args()
     if not args.model.exists():
         train(args.model, args.steps, args.batch_size)
-    phantom = PhantomParams(size_zyx=SHAPE).model_dump(
+    model = load_model(args.model)
+    params = PhantomParams(size_zyx=tuple(map(int, args.size.split(",")))).model_dump(
         exclude={"train_seeds", "validation_seeds", "test_seeds"}
     )
-    made = make_phantom(seed=args.seed, **phantom)
-    sides = [] if args.alone else [Side("MONAI 8,256,256:0.5", monai, 7 * 3 * 3)]
+    sides = _sides(args)
+    for at, seed in enumerate(args.seed):
+        made = make_phantom(seed=seed, **params)
+        with tempfile.TemporaryDirectory() as folder:
+            image, out = Path(folder) / "em.h5", Path(folder) / "out.h5"
+            write_hdf5(image, {"main": made.image}, grid=made.grid)
+            for turn in range(args.turns):
+                for side in sides:
+                    out.unlink(missing_ok=True)
+                    _take_turn(side, args.model, image, out, phantom=at)
+                    if turn == 0:
+                        side.scores.append(_scores(read_probabilities(out).values_czyx, made))
+    print(_table(sides, made.image.size * len(args.seed) / 1e6))
+    gflop = gflop_per_megavoxel(build_network(model.meta.network), patch_zyx=WINDOW)
+    print(f"\n{gflop:.0f} GFLOP a megavoxel, {torch.get_num_threads()} threads")
+
+
+def _sides(args: argparse.Namespace) -> list[Side]:
+    sides = [] if args.alone else [Side("MONAI 8,256,256:0.5", monai, [[] for _ in args.seed])]
     for given in args.ours:
         window, _, overlap = given.partition(":")
-        z, y, x = map(int, window.split(","))
-        params = InferParams(window_zyx=(z, y, x), overlap=float(overlap))
-        sides.append(Side(f"synmlops {given}", Ours(params), _windows(params)))
-    with tempfile.TemporaryDirectory() as folder:
-        image = Path(folder) / "em.h5"
-        write_hdf5(image, {"main": made.image}, grid=made.grid)
-        for turn in range(args.turns):
-            for number, side in enumerate(sides):
-                side.out = Path(folder) / f"{number}_{turn}.h5"
-                _take_turn(side, args.model, image)
-        print(_table(sides, made))
-    network = build_network(load_model(args.model).meta.network)
-    gflop = gflop_per_megavoxel(network, patch_zyx=WINDOW)
-    print(f"\n{gflop:.0f} GFLOP a megavoxel, {torch.get_num_threads()} threads")
+        params = InferParams(window_zyx=tuple(map(int, window.split(","))), overlap=float(overlap))
+        sides.append(Side(f"synmlops {given}", Ours(params), [[] for _ in args.seed]))
+    return sides
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class Ours:
         """Predict as `synmlops infer` does."""
         with open_volume(image) as volume:
             assert volume.grid is not None
-            source = Source(str(image), Box((0, 0, 0), SHAPE), volume.grid)
+            source = Source(str(image), Box((0, 0, 0), volume.shape), volume.grid)
         assert predict_volume(source, [model], out, params=self.params, engine=Engine())
 
 
@@ -135,7 +141,7 @@ def monai(model: Path, image: Path, out: Path) -> None:
             normal[None, None].to(device), WINDOW, 1, network, overlap=0.5, mode="gaussian"
         )
         levels = (torch.sigmoid(logits[0]) * 255).round().to(torch.uint8).cpu().numpy()
-    with probabilities_writer(out, SHAPE, channels=CHANNELS, grid=grid) as written:
+    with probabilities_writer(out, voxels.shape, channels=CHANNELS, grid=grid) as written:
         written[...] = levels
 
 
@@ -185,16 +191,16 @@ def _recipe(base: Params, steps: int, batch_size: int) -> Recipe:
     return Recipe.of(Params.model_validate(tree))
 
 
-def _take_turn(side: Side, model: Path, image: Path) -> None:
+def _take_turn(side: Side, model: Path, image: Path, out: Path, *, phantom: int) -> None:
     """Run a side in a process of its own, whose greatest memory is its own too."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_clocked, args=(side.run, model, image, side.out, theirs))
+    process = context.Process(target=_clocked, args=(side.run, model, image, out, theirs))
     process.start()
     theirs.close()
     seconds, mebibytes = ours.recv()
     process.join()
-    side.seconds.append(seconds)
+    side.seconds[phantom].append(seconds)
     side.mebibytes = max(side.mebibytes, mebibytes)
     print(f"{side.name}: {seconds:.1f} s, {mebibytes:.0f} MiB", flush=True)
 
@@ -208,28 +214,17 @@ def _clocked(run: Callable[..., None], model: Path, image: Path, out: Path, told
     told.send((seconds, int(status["VmHWM"].split()[0]) / 1024))
 
 
-def _windows(params: InferParams) -> int:
-    axes = windows_over(
-        Box((0, 0, 0), SHAPE), shape_zyx=SHAPE, pool_zyx=NETWORK.total_pool_zyx(), params=params
-    )
-    return int(np.prod([len(axis) for axis in axes]))
-
-
-def _table(sides: list[Side], made: Phantom) -> str:
+def _table(sides: list[Side], megavoxels: float) -> str:
     lines = [
-        "| side | windows | s | MVox/s | times the first | MiB | voxel F1 | synapse F1 | partner F1 |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| side | s | MVox/s | times the first | MiB | voxel F1 | synapse F1 | partner F1 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    voxels = np.prod(SHAPE) / 1e6
-    reference = statistics.median(sides[0].seconds)
-    for side in sides:
-        assert side.out is not None
-        seconds = statistics.median(side.seconds)
-        scores = _scores(read_probabilities(side.out).values_czyx, made)
+    took = [sum(map(statistics.median, side.seconds)) for side in sides]
+    for side, seconds in zip(sides, took, strict=True):
         lines.append(
-            f"| {side.name} | {side.windows} | {seconds:.1f} | {voxels / seconds:.3f} "
-            f"| {reference / seconds:.1f} | {side.mebibytes:.0f} | "
-            + " | ".join(f"{score:.3f}" for score in scores)
+            f"| {side.name} | {seconds:.1f} | {megavoxels / seconds:.3f} "
+            f"| {took[0] / seconds:.1f} | {side.mebibytes:.0f} | "
+            + " | ".join(f"{np.mean(scores):.3f}" for scores in zip(*side.scores, strict=True))
             + " |"
         )
     return "\n".join(lines)
