@@ -11,6 +11,7 @@ from torch import Tensor
 
 from synmlops.learning.windows import AxisWindows
 from synmlops.params import SCALE
+from synmlops.volumes.mapped import mapped_zeros
 from synmlops.volumes.prepared import Box
 
 
@@ -46,8 +47,12 @@ class Sheet:
         self._image = image
         self._on_device = _to_device(_padded(image, axes), device)
         self._fades = any(axis.fade for axis in axes)
-        dtype = torch.float32 if self._fades else torch.uint8
-        self._sum = torch.zeros((n_channels, *box.shape_zyx), dtype=dtype, device=device)
+        shape = (n_channels, *box.shape_zyx)
+        if device.type == "cpu":
+            self._sum = torch.from_numpy(mapped_zeros(shape, np.float32 if self._fades else np.uint8))
+        else:
+            dtype = torch.float32 if self._fades else torch.uint8
+            self._sum = torch.zeros(shape, dtype=dtype, device=device)
 
     def windows(self) -> Iterator[tuple[int, int, int]]:
         """Give the windows with a say in the box, those of no tissue left out."""

@@ -21,6 +21,7 @@ from synmlops.volumes.chunk_headers import (
     precomputed_levels,
 )
 from synmlops.volumes.chunk_stores import Place, plain_errors
+from synmlops.volumes.mapped import mapped_zeros
 from synmlops.volumes.sections import Region, size_of
 
 _OF_N5 = ("dimensions", "blockSize", "dataType", "compression")
@@ -75,12 +76,16 @@ class ChunkedArray:
     def read(self, region: Region) -> NDArray[Any]:
         """Give the voxels of a region; one slice per axis. Chunks that are not there are the fill value."""
         bounds = [range(n)[s] for n, s in zip(self.shape, region, strict=True)]
-        if 0 in size_of(self.shape, region):
-            return np.empty(size_of(self.shape, region), self.dtype)
+        size = size_of(self.shape, region)
+        voxels = mapped_zeros(size, self.dtype)
+        if 0 in size:
+            return voxels
         part = "region [" + ", ".join(f"{b.start}:{b.stop}" for b in bounds) + "]"
         with plain_errors(self._where, part):
-            future = self._array[tuple(slice(b.start, b.stop) for b in bounds)].read(order="C")
-            return np.asarray(self._place.wait(future)).astype(self.dtype, copy=False)
+            stored = self._array[tuple(slice(b.start, b.stop) for b in bounds)][ts.d[:].translate_to[0]]
+            target = ts.array(voxels.view(stored.dtype.numpy_dtype), copy=False, write=True)
+            self._place.wait(target.write(stored).commit)
+        return voxels
 
     def memmap(self) -> NDArray[Any] | None:
         """Give None: chunks cannot be mapped."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from synmlops.params import SynmlopsError
 from synmlops.volumes.files import identity_of
+from synmlops.volumes.mapped import mapped_zeros
 from synmlops.volumes.sections import Nm, Region, size_of
 
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
@@ -46,10 +47,13 @@ class Hdf5Dataset:
 
     def read(self, region: Region) -> NDArray[Any]:
         """Give the voxels of a region; one slice per axis."""
-        if 0 in size_of(self.shape, region):
-            return np.empty(size_of(self.shape, region), self.dtype)
+        size = size_of(self.shape, region)
+        voxels = mapped_zeros(size, self.dtype)
+        if 0 in size:
+            return voxels
         try:
-            return np.asarray(self._data[region]).astype(self.dtype, copy=False)
+            self._data.read_direct(voxels.view(self._data.dtype.newbyteorder("=")), region)
+            return voxels
         except (OSError, RuntimeError) as error:
             raise _damaged(self.path, error) from error
 

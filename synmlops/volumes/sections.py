@@ -20,6 +20,7 @@ from PIL import Image
 
 from synmlops.params import SynmlopsError
 from synmlops.volumes.files import identity_of
+from synmlops.volumes.mapped import mapped_zeros
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 SECTION_SUFFIXES = (*TIFF_SUFFIXES, ".png")
@@ -69,7 +70,7 @@ class TiffStack:
             if len(self._series.pages) != self.shape[0] or len(self.shape) != 3:
                 return np.asarray(self._series.asarray(), self.dtype)[region]
             rows = range(self.shape[0])[region[0]]
-            out = np.empty((len(rows), *size_of(self.shape[1:], region[1:])), self.dtype)
+            out = mapped_zeros((len(rows), *size_of(self.shape[1:], region[1:])), self.dtype)
             for section, z in zip(out, rows, strict=True):
                 section[...] = _tiff_page(self.path, self._series, z)[region[1:]]
             return out
@@ -113,7 +114,7 @@ class SectionFolder:
     def read(self, region: Region) -> NDArray[Any]:
         """Give the voxels of a region; one slice per axis."""
         files = self.files[region[0]]
-        out = np.empty((len(files), *size_of(self.shape[1:], region[1:])), self.dtype)
+        out = mapped_zeros((len(files), *size_of(self.shape[1:], region[1:])), self.dtype)
         for section, file in zip(out, files, strict=True):
             section[...] = read_section(file)[region[1:]]
         return out
