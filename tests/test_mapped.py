@@ -34,6 +34,11 @@ def test_zeros_like_any_other(shape: tuple[int, ...], dtype: type) -> None:
     assert (part == 7).all()  # a view keeps it
 
 
+def test_too_much_is_what_numpy_says_of_it() -> None:
+    with pytest.raises(MemoryError, match="no 1125899906842624 bytes are left"):
+        mapped_zeros((2**20, 2**30), np.uint8)
+
+
 def _zarr(path: Path, voxels: NDArray[np.uint8]) -> None:
     writer = create_zarr(path, SHAPE, np.uint8, shard=SHAPE, chunk=(16, 256, 256), grid=Grid((40, 8, 8)))
     writer.write((slice(None),) * 3, voxels)

@@ -241,23 +241,23 @@ def _along(
     span, asked = stop - start, min(window, fitting(extent))
     margin = min(round(asked * params.overlap / 2), (asked - 1) // 2)
 
-    def laid(n: int) -> tuple[int, int, int]:
-        """Give what is computed, the size of windows and of cells."""
+    def laid(n: int) -> tuple[int, int]:
+        """Give the size of n windows and of their cells."""
         ends = 2 if n > 2 or span < extent else n - 1  # beyond the volume's own ends no margin is needed
         least = math.ceil(span / n)
         size = min(fitting(least + ends * margin), fitting(extent))
         tidy = math.ceil(least / TIDY) * TIDY if least > TIDY else least
-        return n * size, size, max(least, min(tidy, size - ends * margin))
+        return size, max(least, min(tidy, size - ends * margin))
 
     greatest = asked - 2 * margin
     n = 1 if asked >= extent else math.ceil(span / greatest)
-    computed, size, cell = laid(n)
+    size, cell = laid(n)
     if n == 1:
         size = asked
     else:
-        fewer = laid(n - 1)
-        if fewer[0] <= computed and fewer[1] <= asked * (1 + GROWTH):
-            _, size, cell = fewer
+        larger, wider = laid(n - 1)
+        if larger <= asked * (1 + GROWTH) and (n - 1) * larger <= n * size:
+            size, cell = larger, wider
     fade = min(round(asked * params.overlap / 2 * params.fade), cell // 2)
     return AxisWindows(extent, start, stop, size, cell, fade)
 

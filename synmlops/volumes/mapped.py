@@ -27,10 +27,18 @@ def mapped_zeros(shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
     -------
     array : numpy.ndarray
         C order, writable.
+
+    Raises
+    ------
+    MemoryError
+        As NumPy does.
     """
     dtype = np.dtype(dtype)
     n_bytes = prod(shape) * dtype.itemsize
     if n_bytes < LEAST_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
         return np.zeros(shape, dtype)
-    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no {n_bytes} bytes are left for an array of {tuple(shape)}") from error
     return np.frombuffer(memory, dtype).reshape(shape)
