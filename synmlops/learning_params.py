@@ -222,7 +222,7 @@ class LossParams(Section):
 class WindowParams(Section):
     """The windows in which a network sees a volume."""
 
-    window_zyx: Zyx = (16, 256, 256)  # fitted to the volume: less, or up to an eighth more
+    window_zyx: Zyx = (16, 256, 256)  # up to an eighth more where one window fewer then does
     overlap: Annotated[float, Field(ge=0, le=0.75)] = 0.25  # share of a window that is context alone
     fade: Fraction = 0.0  # share of that context in which neighbouring windows fade into each other
     batch_size: Count | Literal["auto"] = "auto"  # windows; auto: 1 on a CPU, as many as fill a GPU

@@ -198,9 +198,8 @@ def windows_over(
 ) -> tuple[AxisWindows, AxisWindows, AxisWindows]:
     """Lay windows over a region of a volume, along z, y and x.
 
-    Each answers for a cell and sees `overlap / 2` of the asked window beyond it on every side. They spread
-    evenly and are as large as that takes: smaller than was asked, or up to an eighth larger where one fewer
-    then does.
+    Each answers for a cell and sees at least `overlap / 2` of the asked window beyond it on every side. They
+    spread evenly, and are up to an eighth larger than was asked where one fewer then does.
 
     Parameters
     ----------
@@ -238,26 +237,21 @@ def _along(
     def fitting(voxels: int) -> int:
         return math.ceil((voxels - more) / pool) * pool + more
 
+    def even(least: int, most: int) -> int:
+        tidy = math.ceil(least / TIDY) * TIDY if least > TIDY else least
+        return max(least, min(tidy, most))
+
     span, asked = stop - start, min(window, fitting(extent))
     margin = min(round(asked * params.overlap / 2), (asked - 1) // 2)
-
-    def laid(n: int) -> tuple[int, int]:
-        """Give the size of n windows and of their cells."""
-        ends = 2 if n > 2 or span < extent else n - 1  # beyond the volume's own ends no margin is needed
-        least = math.ceil(span / n)
-        size = min(fitting(least + ends * margin), fitting(extent))
-        tidy = math.ceil(least / TIDY) * TIDY if least > TIDY else least
-        return size, max(least, min(tidy, size - ends * margin))
-
     greatest = asked - 2 * margin
     n = 1 if asked >= extent else math.ceil(span / greatest)
-    size, cell = laid(n)
-    if n == 1:
-        size = asked
-    else:
-        larger, wider = laid(n - 1)
-        if larger <= asked * (1 + GROWTH) and (n - 1) * larger <= n * size:
-            size, cell = larger, wider
+    size, cell = asked, even(math.ceil(span / n), greatest)  # what is left over widens the margins
+    if n > 1:
+        fewer = math.ceil(span / (n - 1))
+        margins = (2 if n > 3 or span < extent else n - 2) * margin  # none beyond the volume's own ends
+        larger = max(asked, min(fitting(fewer + margins), fitting(extent)))
+        if larger <= asked * (1 + GROWTH) and (n - 1) * larger <= n * asked:
+            size, cell = larger, even(fewer, larger - margins)
     fade = min(round(asked * params.overlap / 2 * params.fade), cell // 2)
     return AxisWindows(extent, start, stop, size, cell, fade)
 
