@@ -51,7 +51,7 @@ from synmlops.volumes.store import open_volume, write_hdf5
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 WINDOW = (8, 256, 256)
-OURS = ["8,256,256:0", "8,256,256:0.125", "8,256,256:0.25", "8,256,256:0.5", "16,256,256:0", "32,256,256:0"]
+OURS = [f"{z},256,256:{overlap}" for z in (8, 16, 32) for overlap in (0, 0.125, 0.25)]
 
 
 @dataclass
