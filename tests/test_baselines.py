@@ -51,7 +51,7 @@ def test_baselines_find_what_is_easy(baselines: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_phantom_is_hard_for_both(baselines: ModuleType) -> None:
-    phantom = PhantomParams().model_copy(update={"size_zyx": (20, 224, 224)})
+    phantom = PhantomParams().model_copy(update={"size_zyx": (16, 176, 176)})
     train, validation, test = ([baselines.phantom_volume(seed, phantom)] for seed in (1, 11, 21))
     intensity = baselines.smoothed_intensity(train, test, validation=validation)
     forest = baselines.random_forest(train, test, validation=validation, seed=0)
