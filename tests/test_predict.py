@@ -177,12 +177,13 @@ def test_context_hides_window_borders() -> None:
     model, image = _trained(FLAT), _image(4, 64, 64, seed=5)
     whole = predict_array(model, image, params=_params((4, 64, 64))).astype(int)
 
-    def error(overlap: float) -> float:
-        parts = predict_array(model, image, params=_params((4, 16, 16), overlap))
+    def error(overlap: float, fade: float = 0) -> float:
+        parts = predict_array(model, image, params=_params((4, 16, 16), overlap, fade=fade))
         return float(np.abs(whole - parts).mean())
 
     assert error(0) > 2 * error(0.25) > 2 * error(0.5)
     assert error(0.5) == 0  # four voxels of context, three are needed
+    assert error(0.25, fade=1) < error(0)
 
 
 def test_fading_makes_slopes_of_steps() -> None:

@@ -47,12 +47,8 @@ class Sheet:
         self._image = image
         self._on_device = _to_device(_padded(image, axes), device)
         self._fades = any(axis.fade for axis in axes)
-        shape = (n_channels, *box.shape_zyx)
-        if device.type == "cpu":
-            self._sum = torch.from_numpy(mapped_zeros(shape, np.float32 if self._fades else np.uint8))
-        else:
-            dtype = torch.float32 if self._fades else torch.uint8
-            self._sum = torch.zeros(shape, dtype=dtype, device=device)
+        dtype = torch.float32 if self._fades else torch.uint8
+        self._sum = _zeros((n_channels, *box.shape_zyx), dtype, device)
 
     def windows(self) -> Iterator[tuple[int, int, int]]:
         """Give the windows with a say in the box, those of no tissue left out."""
@@ -138,8 +134,8 @@ class BlendedSheet(Sheet):
     def __init__(self, *args: Any, weights: Tensor, **options: Any) -> None:
         super().__init__(*args, **options)
         self._weights = weights
-        self._sum = self._sum.float()
-        self._weight = torch.zeros_like(self._sum[0])
+        self._sum = _zeros(self._sum.shape, torch.float32, self._device)
+        self._weight = _zeros(self._sum.shape[1:], torch.float32, self._device)
 
     def said(self, probabilities: Tensor) -> Tensor:
         """Leave probabilities as they are."""
@@ -160,6 +156,13 @@ class BlendedSheet(Sheet):
         """Give the weighted means."""
         mean = self._sum.div_(self._weight.clamp_(min=1e-6))  # 0 where no window was wanted
         return mean.mul_(SCALE).clamp_(0, SCALE).to(torch.uint8)
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Give what a block keeps until it is written; on a CPU beside the heap."""
+    if device.type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    return torch.from_numpy(mapped_zeros(shape, np.uint8 if dtype == torch.uint8 else np.float32))
 
 
 def _is_blank(voxels: NDArray[Any]) -> bool:

@@ -66,7 +66,9 @@ class TiffStack:
         """Give the voxels of a region; one slice per axis."""
         with _plainly(self.path):
             if self._map is not None:
-                return np.array(self._map[region], self.dtype)
+                out = mapped_zeros(size_of(self.shape, region), self.dtype)
+                out[...] = self._map[region]
+                return out
             if len(self._series.pages) != self.shape[0] or len(self.shape) != 3:
                 return np.asarray(self._series.asarray(), self.dtype)[region]
             rows = range(self.shape[0])[region[0]]
